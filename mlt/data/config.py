@@ -1,0 +1,66 @@
+"""The data section of a run."""
+
+from typing import Annotated, Self
+
+from pydantic import Field
+
+from mlt.config.base import Config
+from mlt.config.problems import ConfigError, walk
+from mlt.data.mixture import Mixture, Weighted
+from mlt.data.sources import Source
+from mlt.data.stdlib_source import PythonStdlib
+from mlt.data.synthetic import SyntheticText
+from mlt.data.tokenize import ByteTokenizer, Tokenizer
+
+
+class DataConfig(Config):
+    """What to read and how to cut it into batches. Building one reads nothing; see `check_files`.
+
+    Attributes:
+        source: one source of documents, or a mixture.
+        tokenizer: how text becomes ids.
+        sequence_length: T, tokens per row.
+        batch_size: rows of the global batch, over all hosts; also of a validation batch.
+        seed: fixes the order of documents, rows and mixture.
+        validation_fraction: share of documents kept for validation, chosen by the hash of their content, so
+            adding documents moves none from one side to the other. 0 keeps none.
+        shuffle_documents: draw a new order of the documents each epoch; False keeps the source's order.
+        shuffle_block_rows: rows are permuted within blocks of this many; 1 keeps them in the order of the
+            documents.
+        prefetch_batches: batches prepared ahead by background threads; 0 prepares each when it is asked for.
+    """
+
+    source: Source | Mixture = PythonStdlib()
+    tokenizer: Tokenizer = ByteTokenizer()
+    sequence_length: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
+    seed: Annotated[int, Field(ge=0)] = 0
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    shuffle_documents: bool = True
+    shuffle_block_rows: Annotated[int, Field(ge=1)] = 1024
+    prefetch_batches: Annotated[int, Field(ge=0)] = 4
+
+    @property
+    def parts(self) -> tuple[Weighted, ...]:
+        """The sources with their weights; a single source has the weight 1."""
+        return self.source.parts if isinstance(self.source, Mixture) else (Weighted(source=self.source),)
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Targets in one global training batch; there is no padding in it."""
+        return self.batch_size * self.sequence_length
+
+    def check_files(self, path: str = "data") -> None:
+        """Looks for every file named here, without reading a document.
+
+        Raises:
+            ConfigError: all that is missing or not usable; `path` is where this section stands in the config.
+        """
+        nodes = [(where, node) for where, node in walk(self, path) if isinstance(node, Source | Tokenizer)]
+        problems = [problem.under(where) for where, node in nodes for problem in node.file_problems()]
+        if problems:
+            raise ConfigError(problems)
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(source=SyntheticText.example(), sequence_length=128, batch_size=4)

@@ -1,0 +1,192 @@
+"""Reading, tokenising and splitting the documents of a run, once, before training."""
+
+import hashlib
+import os
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mlt.data.config import DataConfig
+from mlt.data.sources import Documents, Source
+from mlt.data.tokenize import Tokenizer
+from mlt.errors import UserError
+
+_BATCH_DOCUMENTS = 64  # documents handed to the tokenizer at once
+
+
+@dataclass(frozen=True)
+class TokenizedSource:
+    """The documents of one source as ids.
+
+    Attributes:
+        origin: where they come from.
+        tokens: all ids, flat, uint16 or uint32; each document is bos, its ids, eos.
+        offsets_D: where each document starts in `tokens`, with the end of the last one, int64 (documents +
+            1,).
+        held_out_D: which documents are for validation, bool (documents,).
+        bytes_read: bytes of UTF-8 text in them.
+    """
+
+    origin: str
+    tokens: np.ndarray
+    offsets_D: np.ndarray
+    held_out_D: np.ndarray
+    bytes_read: int
+
+    def split(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Start and number of targets of each document of the split "train" or "validation", int64."""
+        chosen = self.held_out_D if name == "validation" else ~self.held_out_D
+        return self.offsets_D[:-1][chosen], np.diff(self.offsets_D)[chosen] - 1
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The tokenised documents of a run.
+
+    Attributes:
+        sources: one per source of the mixture, in its order.
+        tokenizer: what made the ids.
+        hash: changes with any document, their order, the tokenizer or the split.
+    """
+
+    sources: tuple[TokenizedSource, ...]
+    tokenizer: Tokenizer
+    hash: str
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of text in all documents."""
+        return sum(source.bytes_read for source in self.sources)
+
+    def describe(self) -> str:
+        """What was read and from where: one line a source, and one for the whole."""
+        lines = [
+            f"read {source.bytes_read:,} bytes of {len(source.held_out_D):,} documents from {source.origin} "
+            f"({len(source.tokens):,} tokens; {int(source.held_out_D.sum()):,} documents held out for "
+            "validation)"
+            for source in self.sources
+        ]
+        return "\n".join([*lines, f"corpus hash {self.hash}"])
+
+    def summary(self, sequence_length: int) -> dict[str, int | float]:
+        """Documents and targets for training, and how much of it is long.
+
+        `long_share` is the share of targets from documents of at least `sequence_length` targets: where it is
+        low, training at this length mostly sees short documents side by side. `cut_share` is the share of
+        documents that cannot fit into one row.
+        """
+        targets_D = np.concatenate([source.split("train")[1] for source in self.sources])
+        long_D = targets_D >= sequence_length
+        return {
+            "documents": len(targets_D),
+            "tokens": int(targets_D.sum()),
+            "median_document_tokens": int(np.median(targets_D)),
+            "longest_document_tokens": int(targets_D.max()),
+            "long_share": float(targets_D[long_D].sum() / targets_D.sum()),
+            "cut_share": float((targets_D > sequence_length).mean()),
+        }
+
+
+def load_corpus(config: DataConfig, *, cache_dir: str | Path | None = None) -> Corpus:
+    """Reads and tokenises every document. The ids stay in memory, 2 or 4 bytes each.
+
+    `cache_dir` keeps the ids of each source on disk, by the hash of its content and of the tokenizer, so that
+    the next start only reads the text. Raises UserError if a document cannot be read, a source is empty or
+    one side of the split is.
+    """
+    sources = []
+    digest = hashlib.blake2b(f"{config.tokenizer.digest}/{config.validation_fraction}".encode(), digest_size=8)
+    for part in config.parts:
+        source, content = _load_source(part.source, config, None if cache_dir is None else Path(cache_dir))
+        sources.append(source)
+        digest.update(content)
+    held_out = sum(int(source.held_out_D.sum()) for source in sources)
+    if config.validation_fraction > 0 and held_out == 0:
+        raise UserError(
+            f"no document is left for validation: validation_fraction={config.validation_fraction} of "
+            f"{sum(len(source.held_out_D) for source in sources)} documents, chosen by content, selects "
+            "none. Raise validation_fraction, give more documents, or set it to 0 to train without "
+            "validation."
+        )
+    return Corpus(sources=tuple(sources), tokenizer=config.tokenizer, hash=digest.hexdigest())
+
+
+def _load_source(source: Source, config: DataConfig, cache_dir: Path | None) -> tuple[TokenizedSource, bytes]:
+    """The tokenised source and the hash of its content."""
+    documents = source.documents()
+    kept, hashes, bytes_read = [], [], 0
+    for index, text in enumerate(documents):
+        data = text.encode("utf-8")
+        if data:
+            kept.append(index)
+            hashes.append(hashlib.blake2b(data, digest_size=16).digest())
+            bytes_read += len(data)
+    if not kept:
+        raise UserError(
+            f"nothing to read in {documents.origin}: {len(documents)} documents, none with any text. "
+            "Give files with text in them."
+        )
+    limit = int(config.validation_fraction * 2**64)
+    held_out_D = np.array([int.from_bytes(value[:8], "big") < limit for value in hashes])
+    if held_out_D.all():
+        raise UserError(
+            f"no document is left for training: all {len(kept)} of {documents.origin} fall to validation, "
+            f"which takes validation_fraction={config.validation_fraction} of the documents by content. "
+            "Give more documents or lower validation_fraction."
+        )
+    content = hashlib.blake2b(b"".join(hashes), digest_size=16).digest()
+    tokens, offsets_D = _tokenize_cached(documents, kept, config.tokenizer, content, cache_dir)
+    return TokenizedSource(documents.origin, tokens, offsets_D, held_out_D, bytes_read), content
+
+
+def _tokenize(documents: Documents, kept: list[int], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Flat ids and document offsets of the documents `kept`."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    bos, eos = np.array([tokenizer.bos_id], dtype), np.array([tokenizer.eos_id], dtype)
+    pieces, lengths = [], []
+    for first in range(0, len(kept), _BATCH_DOCUMENTS):
+        texts = [documents[index] for index in kept[first : first + _BATCH_DOCUMENTS]]
+        for ids in tokenizer.encode_batch(texts):
+            pieces += [bos, ids.astype(dtype), eos]
+            lengths.append(len(ids) + 2)
+    return np.concatenate(pieces), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def _tokenize_cached(
+    documents: Documents, kept: list[int], tokenizer: Tokenizer, content: bytes, cache_dir: Path | None
+) -> tuple[np.ndarray, np.ndarray]:
+    if cache_dir is None:
+        return _tokenize(documents, kept, tokenizer)
+    key = hashlib.blake2b(content + tokenizer.digest.encode(), digest_size=16).hexdigest()
+    path = cache_dir / f"tokens-{key}.npz"
+    if path.exists():
+        try:
+            with open(path, "rb") as file, np.load(file) as saved:
+                return saved["tokens"], saved["offsets"]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: this token cache is damaged ({error}). Delete the file to rebuild it.") from error
+    tokens, offsets_D = _tokenize(documents, kept, tokenizer)
+    _write_atomically(path, tokens, offsets_D)
+    return tokens, offsets_D
+
+
+def _write_atomically(path: Path, tokens: np.ndarray, offsets_D: np.ndarray) -> None:
+    """A reader sees the whole file or none, also when several processes write it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            try:
+                np.savez(file, tokens=tokens, offsets=offsets_D)
+                file.flush()
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        raise UserError(
+            f"{path}: the token cache cannot be written: {error.strerror}. Free some space, give another "
+            "folder, or leave the cache out."
+        ) from error

@@ -1,0 +1,115 @@
+"""What a data source is: a config that opens a deterministic, random-access collection of documents."""
+
+import glob
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from mlt.config.base import Config
+from mlt.config.problems import ConfigError, Problem
+from mlt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents in a fixed order; `documents[i]` reads the text of document i.
+
+    Attributes:
+        origin: where they come from, as it continues the words "read N documents from".
+        names: one name per document, unique, for messages.
+        read: index -> text; raises UserError when the document cannot be read.
+    """
+
+    origin: str
+    names: Sequence[str]
+    read: Callable[[int], str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> str:
+        return self.read(index)
+
+    def __iter__(self) -> Iterator[str]:
+        return (self.read(index) for index in range(len(self)))
+
+
+class Source(Config, ABC):
+    """A collection of documents. One source a file; a subclass needs the three methods below."""
+
+    @abstractmethod
+    def documents(self) -> Documents:
+        """Opens the collection. Raises UserError if there is nothing to read or it cannot be read."""
+
+    @abstractmethod
+    def file_problems(self) -> Iterable[Problem]:
+        """What is wrong with the files this source names, found without reading them, with paths relative to it."""
+
+    @classmethod
+    @abstractmethod
+    def example(cls) -> Self:
+        """A small instance, for tests and documentation."""
+
+
+def find_files(paths: Sequence[str]) -> tuple[list[str], list[Problem]]:
+    """Expands files, folders (every file below, hidden ones left out) and patterns such as `books/**/*.txt`.
+
+    Returns the files (in the order of `paths`, sorted within each, no file twice) and the problems of `paths`.
+    """
+    found: dict[str, None] = {}
+    problems = []
+    for position, entry in enumerate(paths):
+        path = os.path.normpath(os.path.expanduser(entry))
+        if os.path.isdir(path):
+            matches = _files_below(path)
+            reason = "is a folder with no file in it"
+        elif glob.has_magic(path) and not os.path.exists(path):
+            matches = sorted(match for match in glob.glob(path, recursive=True) if os.path.isfile(match))
+            reason = "matches no file"
+        else:
+            matches = [path] if os.path.isfile(path) else []
+            reason = "does not exist"
+        if not matches:
+            ways_out = "give an existing file, a folder, or a pattern such as 'books/**/*.txt'"
+            problems.append(Problem(f"paths[{position}]", entry, f"{reason}, looked for from {os.getcwd()}", ways_out))
+        found.update(dict.fromkeys(matches))
+    return list(found), problems
+
+
+def require_files(paths: Sequence[str], source: str) -> list[str]:
+    """find_files, but every problem is raised in one ConfigError, as found in `source`."""
+    files, problems = find_files(paths)
+    if problems:
+        raise ConfigError(problems, source)
+    return files
+
+
+def read_bytes(path: str) -> bytes:
+    """The bytes of a file, or a UserError that names it."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}. Check the path and its permissions.") from error
+
+
+def decode_utf8(data: bytes, path: str, first_byte: int = 0) -> str:
+    """Text of `data`, which starts at byte `first_byte` of `path`; UserError with the place if not UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 at byte {first_byte + error.start} (value 0x{data[error.start]:02x}, "
+            f"{error.reason}). Documents must be UTF-8 text: convert the file (for instance with iconv) or "
+            "take it out of the paths."
+        ) from error
+
+
+def _files_below(folder: str) -> list[str]:
+    files = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in files if os.path.isfile(path))
