@@ -1,0 +1,172 @@
+"""The contracts of mixers: what a config must say, what a module must do, what both may know of the call.
+
+A *sequence mixer* moves information along the sequence. A *channel mixer* does not, or only through a declared left
+context. Each mixer is one file; its config class names, validates and builds it.
+"""
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from mlt.config.base import Config
+from mlt.nn.param import ParamSpec
+from mlt.parallel.rules import Rules
+
+Aux = dict[str, jax.Array]
+"""Small facts about one call. Keys say how to reduce them over micro-batches and what they are for:
+`loss/x` is added to the training loss, `metric/x` is averaged and logged, `count/x` (per expert) is summed."""
+
+SAVE_POINTS = (
+    "sub_layer_in",
+    "mixer_out",
+    "attention_qkv",
+    "attention_out",
+    "recurrence_in",
+    "recurrence_out",
+    "ffn_hidden",
+    "expert_in",
+    "expert_hidden",
+    "memory_out",
+)
+"""The closed list of tensors that a memory policy may name (`model/remat.py`)."""
+
+
+def save_point(x: jax.Array, name: str) -> jax.Array:
+    """Name a tensor so that the memory policy can save, offload or recompute it."""
+    if name not in SAVE_POINTS:
+        raise ValueError(f"save point {name!r} is not one of {SAVE_POINTS}")
+    return checkpoint_name(x, name)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every mixer may know about the tokens it is given.
+
+    Attributes:
+        token_ids: (B, T) int32.
+        segment_ids: (B, T) int32, document index inside the row; 0 is padding.
+        positions: (B, T) int32, restarting at 0 with each segment.
+        rules: where arrays live on the mesh.
+        train: False turns off everything that only training wants.
+    """
+
+    token_ids: jax.Array
+    segment_ids: jax.Array
+    positions: jax.Array
+    rules: Rules = dataclasses.field(metadata={"static": True})
+    train: bool = dataclasses.field(metadata={"static": True})
+
+    @property
+    def is_token(self) -> jax.Array:
+        """(B, T) bool: False at padding."""
+        return self.segment_ids != 0
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildInfo:
+    """What a mixer may know of the model around it.
+
+    Attributes:
+        d_model: width of the residual stream.
+        num_sub_layers: residual additions in the whole model; output projections scale by its inverse square root.
+        vocab_size: size of the token embedding.
+        token_strings: raw vocabulary entry of each token id, for mixers that compress token ids; None if unknown.
+    """
+
+    d_model: int
+    num_sub_layers: int
+    vocab_size: int
+    token_strings: tuple[str, ...] | None = None
+
+    @property
+    def residual_scale(self) -> float:
+        return max(self.num_sub_layers, 1) ** -0.5
+
+
+class Mixer(nnx.Module):
+    """A built mixer: a plain tree of parameters and a pure call."""
+
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
+        raise NotImplementedError
+
+    def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
+        """Decoding state before the first token: a tree of arrays of fixed shapes. Empty for stateless mixers."""
+        return {}
+
+    def step(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any]:
+        """Continue from `state` with T more tokens; (y, state). T > 1 is a prefill. Stateless mixers just call."""
+        return self(x_BTD, ctx)[0], state
+
+    def updated(self, aux: Mapping[str, jax.Array]) -> "Mixer":
+        """This mixer with its buffers moved on after an optimizer step, given the step's summed aux."""
+        return self
+
+
+class MixerConfig(Config):
+    """Names, validates and builds a mixer."""
+
+    pre_norm: ClassVar[bool] = True
+    """Whether the block normalizes the stream before the mixer; False where the mixer norms its own input."""
+
+    @abstractmethod
+    def build(self, info: BuildInfo) -> Mixer:
+        """The mixer as a tree of described parameters (`ParamSpec` leaves); no memory is spent."""
+
+    @abstractmethod
+    def flops_per_token(self, d_model: int, seq_len: int) -> float:
+        """Forward FLOPs (a multiply-add is 2) per token, averaged over a sequence of `seq_len` tokens."""
+
+    @abstractmethod
+    def state_size(self, d_model: int, seq_len: int) -> int:
+        """Values kept per sequence while decoding after `seq_len` tokens."""
+
+    def inactive_params(self, d_model: int) -> int:
+        """Trained values that one token's forward pass does not touch: experts and table rows left out."""
+        return 0
+
+    def param_count(self, info: BuildInfo) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self.build(info)) if isinstance(leaf, ParamSpec) and leaf.trainable)
+
+    @classmethod
+    @abstractmethod
+    def example(cls) -> tuple["MixerConfig", BuildInfo]:
+        """A small instance and a width to build it for; the conformance suite runs every test on it."""
+
+
+class SequenceMixerConfig(MixerConfig):
+    """Config of a mixer that moves information along the sequence.
+
+    Attributes:
+        kernel: backend of its op; None takes the best available, a name is strict.
+    """
+
+    context: ClassVar[str]
+    """How it crosses shards of a sequence: `heads`, `ring`, `carry` or `halo` (`parallel/context.py`)."""
+
+    kernel: str | None = None
+
+
+class ChannelMixerConfig(MixerConfig):
+    """Config of a mixer that works token by token, or with a short fixed left context."""
+
+    @property
+    def left_context(self) -> int:
+        """Tokens to the left that an output may depend on."""
+        return 0
+
+
+def resume_segment(state_segment_B: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """(B,) bool: whether the first new token goes on with the document that the decoding state stopped in."""
+    return state_segment_B == segment_ids_BT[:, 0]
+
+
+def keep_where(keep_B: jax.Array, value: jax.Array) -> jax.Array:
+    """Zero the rows of a decoding state whose document has ended."""
+    return jnp.where(keep_B.reshape(-1, *([1] * (value.ndim - 1))), value, jnp.zeros((), value.dtype))

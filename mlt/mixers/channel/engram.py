@@ -1,0 +1,238 @@
+"""Engram (arXiv 2601.07372): a table addressed by the last few tokens, gated by the residual stream."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from mlt_kernels import row_lookup
+
+from mlt.config.problems import Problem
+from mlt.errors import UserError
+from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, Mixer, keep_where, resume_segment, save_point
+from mlt.mixers.channel.engram_hash import NgramTables, compression_map, multipliers, ngram_rows, ngram_tables, split_words
+from mlt.nn.conv import CausalConv
+from mlt.nn.linear import Linear
+from mlt.nn.norm import RMSNorm
+from mlt.nn.param import buffer, fan_in, given, normal, param, zeros
+
+ROW_MULTIPLE = 1024
+"""The flat table is padded to a multiple of this many rows, so that it splits over any likely number of devices."""
+
+CONV_WIDTH = 4
+GATE_FLOOR = 1e-6
+
+
+class Engram(ChannelMixerConfig):
+    """y = silu(conv(norm(u))) + u with u_t = sigmoid(root(<norm(h_t), norm(W_K e_t)> / sqrt(D))) W_V e_t.
+
+    e_t joins the rows that hashes of the last 2, ..., max_ngram tokens point to, several heads for each order, and
+    root(s) = sign(s) sqrt(|s|). It goes first in a block: the sub-layer's input is the stream h itself.
+
+    Attributes:
+        layer_id: which Engram layer of the model this one is.
+        layer_ids: all Engram layers of the model, in order: no two of their tables share a size.
+        rows_per_head: each head's table has the next unused prime of at least this many rows.
+        head_dim: width of a row.
+        max_ngram: longest n-gram.
+        heads_per_order: tables per n-gram order.
+        conv: the depthwise convolution of width 4 and dilation max_ngram; it starts at zero.
+        compress_tokens: let tokens share an id that differ in case, accents or white space only.
+        pad_token_id: read where an n-gram reaches over its document's start.
+        cross_document: let n-grams and convolution read on across packed documents, as the published demo does.
+        seed: of the hash multipliers.
+        kernel: backend of the row lookup; None takes the best available, a name is strict.
+    """
+
+    pre_norm: ClassVar[bool] = False
+
+    layer_id: int
+    layer_ids: tuple[int, ...]
+    rows_per_head: int
+    head_dim: int
+    max_ngram: int = 3
+    heads_per_order: int = 8
+    conv: bool = True
+    compress_tokens: bool = True
+    pad_token_id: int = 0
+    cross_document: bool = False
+    seed: int = 0
+    kernel: str | None = None
+
+    @property
+    def num_tables(self) -> int:
+        """Tables of this layer (S): one per order and head."""
+        return (self.max_ngram - 1) * self.heads_per_order
+
+    @property
+    def d_memory(self) -> int:
+        """Width of the rows of a token joined together."""
+        return self.num_tables * self.head_dim
+
+    @property
+    def tables(self) -> NgramTables:
+        bases = (self.rows_per_head,) * (self.max_ngram - 1)
+        return ngram_tables(self.layer_ids, bases, self.heads_per_order)[self.layer_id]
+
+    @property
+    def left_context(self) -> int:
+        return self.max_ngram - 1 + self._conv_context
+
+    @property
+    def _conv_context(self) -> int:
+        return (CONV_WIDTH - 1) * self.max_ngram if self.conv else 0
+
+    def problems(self) -> Iterator[Problem]:
+        for name in ("rows_per_head", "head_dim", "heads_per_order"):
+            if getattr(self, name) < 1:
+                yield Problem(name, getattr(self, name), "must be at least 1")
+                return
+        for name in ("pad_token_id", "seed"):
+            if getattr(self, name) < 0:
+                yield Problem(name, getattr(self, name), "must not be negative")
+        if self.max_ngram < 2:
+            yield Problem("max_ngram", self.max_ngram, "must be at least 2")
+            return
+        if len(set(self.layer_ids)) < len(self.layer_ids) or min(self.layer_ids, default=0) < 0:
+            yield Problem("layer_ids", self.layer_ids, "must be distinct and not negative")
+            return
+        if self.layer_id not in self.layer_ids:
+            ways_out = "list every Engram layer of the model there, this one too"
+            yield Problem("layer_id", self.layer_id, f"must be one of layer_ids = {self.layer_ids}", ways_out)
+            return
+        if self.num_tables * self.rows_per_head >= 2**31 or _padded(self.tables.num_rows) >= 2**31:
+            rows = f"makes about {self.num_tables * self.rows_per_head} rows in {self.num_tables} tables"
+            ways_out = f"use at most {(2**31 - 1) // self.num_tables - ROW_MULTIPLE}"
+            yield Problem("rows_per_head", self.rows_per_head, f"{rows}; row ids are 32-bit", ways_out)
+
+    def build(self, info: BuildInfo) -> "EngramMixer":
+        return EngramMixer(self, info)
+
+    def flops_per_token(self, d_model: int, seq_len: int) -> float:
+        return 4 * self.d_memory * d_model + (2 * CONV_WIDTH * d_model if self.conv else 0)
+
+    def state_size(self, d_model: int, seq_len: int) -> int:
+        return self._conv_context * d_model
+
+    def inactive_params(self, d_model: int) -> int:
+        return self.head_dim * (_padded(self.tables.num_rows) - self.num_tables)
+
+    @classmethod
+    def example(cls) -> tuple["Engram", BuildInfo]:
+        words = tuple(space + word for word in ("a", "A", "b", "B", "c", "d", "e", "f") for space in ("", " ", "\n"))
+        config = cls(layer_id=4, layer_ids=(1, 4), rows_per_head=50, head_dim=4, heads_per_order=2)
+        return config, BuildInfo(d_model=32, num_sub_layers=4, vocab_size=32, token_strings=words)
+
+
+class EngramMixer(Mixer):
+    def __init__(self, config: Engram, info: BuildInfo):
+        self.config = config
+        self.tables = config.tables
+        d, s, h = info.d_model, config.num_tables, config.head_dim
+        token_map_V = _token_map(config, info)
+        num_compressed = info.vocab_size if token_map_V is None else int(token_map_V.max()) + 1
+        words_N2 = split_words(multipliers(num_compressed, config.max_ngram, config.layer_id, config.seed))
+        map_text = f"compression of {info.vocab_size} tokens to {num_compressed}"
+        self.token_map = (
+            buffer((info.vocab_size,), (None,), given(token_map_V, map_text), dtype="int32") if config.compress_tokens else None
+        )
+        self.multipliers = buffer(words_N2.shape, (None, None), given(words_N2, "hash multipliers"), dtype="uint32")
+        self.table = param((_padded(self.tables.num_rows), h), ("memory", None), normal(0.02), group="table")
+        rows, stream = (("heads", s), ("head_dim", h)), (("embed", d),)
+        self.key = Linear(rows, stream)
+        self.value = Linear(rows, stream, init=fan_in(s * h, scale=info.residual_scale))
+        self.query_norm = RMSNorm(d)
+        self.key_norm = RMSNorm(d)
+        self.conv_norm = RMSNorm(d, eps=1e-5) if config.conv else None
+        self.conv = CausalConv(stream, width=CONV_WIDTH, dilation=config.max_ngram, init=zeros) if config.conv else None
+
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
+        gated_BTD = self._gated(x_BTD, self.rows(self.compressed(ctx.token_ids), ctx.segment_ids))
+        if self.conv is None:
+            return gated_BTD, {}
+        return gated_BTD + self.conv(self.conv_norm(gated_BTD), self._conv_segments(ctx.segment_ids)), {}
+
+    def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
+        """Compressed ids of the last max_ngram - 1 tokens (-1 where there is none), their segment, the conv's halo."""
+        ids = jnp.full((batch, self.config.max_ngram - 1), -1, jnp.int32)
+        state = {"ids": ids, "segment": jnp.zeros((batch,), jnp.int32)}
+        return state if self.conv is None else {**state, "halo": self.conv.init_state(batch, dtype)}
+
+    def step(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any]:
+        past = self.config.max_ngram - 1
+        keep = resume_segment(state["segment"], ctx.segment_ids) | self.config.cross_document
+        ids = jnp.concatenate([state["ids"], self.compressed(ctx.token_ids)], axis=1)
+        # The past goes under the first new token's segment where it is the same document, else under none.
+        past_segment = jnp.where(keep, ctx.segment_ids[:, 0], 0)[:, None]
+        segments = jnp.concatenate([jnp.broadcast_to(past_segment, state["ids"].shape), ctx.segment_ids], axis=1)
+        gated_BTD = self._gated(x_BTD, self.rows(ids, segments)[:, past:])
+        ends = (segments[:, -past:] == segments[:, -1:]) | self.config.cross_document
+        new = {"ids": jnp.where(ends, ids[:, -past:], -1), "segment": ctx.segment_ids[:, -1]}
+        if self.conv is None:
+            return gated_BTD, new
+        halo = keep_where(keep, state["halo"])
+        mixed, new["halo"] = self.conv.step(self.conv_norm(gated_BTD), self._conv_segments(ctx.segment_ids), halo)
+        return gated_BTD + mixed, new
+
+    def compressed(self, token_ids_BT: jax.Array) -> jax.Array:
+        """Compressed token ids; a negative id is no token and stays negative."""
+        if self.token_map is None:
+            return token_ids_BT
+        return jnp.where(token_ids_BT < 0, token_ids_BT, self.token_map[...][jnp.maximum(token_ids_BT, 0)])
+
+    def rows(self, compressed_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+        """Rows of the table that each token reads, (B, T, S) int32; -1 for none. They depend on token ids alone."""
+        pad = self.config.pad_token_id
+        return ngram_rows(
+            compressed_BT,
+            segment_ids_BT,
+            self.multipliers[...],
+            self.tables,
+            pad_id=pad if self.token_map is None else self.token_map[...][pad],
+            cross_document=self.config.cross_document,
+        )
+
+    def _gated(self, x_BTD, rows_BTS):
+        e_BTSH = row_lookup(self.table[...], rows_BTS, implementation=self.config.kernel).astype(x_BTD.dtype)
+        e_BTSH = save_point(e_BTSH, "memory_out")
+        query = self.query_norm(x_BTD.astype(jnp.float32))
+        key = self.key_norm(self.key(e_BTSH).astype(jnp.float32))
+        score_BT1 = (query * key).sum(-1, keepdims=True) * x_BTD.shape[-1] ** -0.5
+        root_BT1 = jnp.sign(score_BT1) * jnp.sqrt(jnp.maximum(jnp.abs(score_BT1), GATE_FLOOR))
+        return (jax.nn.sigmoid(root_BT1) * self.value(e_BTSH)).astype(x_BTD.dtype)
+
+    def _conv_segments(self, segment_ids_BT):
+        return jnp.ones_like(segment_ids_BT) if self.config.cross_document else segment_ids_BT
+
+
+def _padded(num_rows: int) -> int:
+    return -(-num_rows // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def _token_map(config: Engram, info: BuildInfo) -> np.ndarray | None:
+    """Compressed id of every row of the vocabulary; those that no token has stand for the pad token."""
+    if config.pad_token_id >= info.vocab_size:
+        raise UserError(f"Engram: pad_token_id = {config.pad_token_id} must be below the vocabulary size, {info.vocab_size}")
+    if not config.compress_tokens:
+        return None
+    if info.token_strings is None:
+        raise UserError(
+            "Engram: compress_tokens = True needs the text of every token, and this model has no tokenizer; "
+            "name a tokenizer in the data section, or use compress_tokens = False"
+        )
+    known = len(info.token_strings)
+    if not config.pad_token_id < known <= info.vocab_size:
+        raise UserError(
+            f"Engram: the tokenizer has {known} tokens; it must have more than pad_token_id = {config.pad_token_id} "
+            f"and at most as many as the vocabulary size, {info.vocab_size}"
+        )
+    token_map_V = _compression(info.token_strings)
+    unused = np.full(info.vocab_size - known, token_map_V[config.pad_token_id], np.int32)
+    return np.concatenate([token_map_V, unused])
+
+
+@functools.lru_cache(maxsize=4)
+def _compression(token_strings: tuple[str, ...]) -> np.ndarray:
+    return compression_map(token_strings)

@@ -1,0 +1,50 @@
+"""SwiGLU feed-forward (arXiv 2002.05202)."""
+
+from collections.abc import Iterator
+
+import jax
+
+from mlt.config.problems import Problem
+from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, Mixer, save_point
+from mlt.nn.linear import Linear
+from mlt.nn.param import fan_in
+
+
+class SwiGLU(ChannelMixerConfig):
+    """y = W_down (silu(W_gate x) * W_up x).
+
+    Attributes:
+        d_ff: hidden width (F).
+    """
+
+    d_ff: int
+
+    def problems(self) -> Iterator[Problem]:
+        if self.d_ff < 1:
+            yield Problem("d_ff", self.d_ff, "must be at least 1")
+
+    def build(self, info: BuildInfo) -> "SwiGLUMixer":
+        return SwiGLUMixer(self, info)
+
+    def flops_per_token(self, d_model: int, seq_len: int) -> float:
+        return 6 * d_model * self.d_ff
+
+    def state_size(self, d_model: int, seq_len: int) -> int:
+        return 0
+
+    @classmethod
+    def example(cls) -> tuple["SwiGLU", BuildInfo]:
+        return cls(d_ff=48), BuildInfo(d_model=32, num_sub_layers=4, vocab_size=64)
+
+
+class SwiGLUMixer(Mixer):
+    def __init__(self, config: SwiGLU, info: BuildInfo):
+        self.config = config
+        stream, hidden = (("embed", info.d_model),), (("ffn", config.d_ff),)
+        self.gate = Linear(stream, hidden)
+        self.up = Linear(stream, hidden)
+        self.down = Linear(hidden, stream, init=fan_in(config.d_ff, scale=info.residual_scale))
+
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
+        hidden = save_point(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD), "ffn_hidden")
+        return self.down(hidden), {}

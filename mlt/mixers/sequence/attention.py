@@ -1,0 +1,169 @@
+"""Softmax attention: grouped-query, windowed, with rotary positions or none, QK-norm, sinks and an output gate."""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from mlt_kernels import attention
+
+from mlt.config.problems import Problem
+from mlt.mixers.base import Aux, BuildInfo, Context, Mixer, SequenceMixerConfig, save_point
+from mlt.nn.linear import Linear
+from mlt.nn.norm import RMSNorm
+from mlt.nn.param import fan_in, param, zeros
+from mlt.nn.rope import apply_rope
+from mlt.parallel.local import local
+
+
+class Attention(SequenceMixerConfig):
+    """Causal softmax attention inside each document.
+
+    Attributes:
+        num_heads: query heads (N).
+        num_kv_heads: key and value heads (K), a divisor of num_heads; None means num_heads.
+        head_dim: width of a head (H).
+        window: a query sees this many tokens, itself included; None sees the whole document.
+        rope_base: base of the rotary embedding; None leaves positions out (NoPE).
+        qk_norm: RMSNorm queries and keys per head before the rotation.
+        sinks: one learned logit per head joins the softmax denominator (arXiv 2309.17453, learned form).
+        output_gate: multiply the result by a sigmoid of the input, per channel.
+        softcap: scores become cap * tanh(score / cap).
+        qkv_bias: biases on the three input projections.
+    """
+
+    context: ClassVar[str] = "ring"
+
+    num_heads: int
+    head_dim: int
+    num_kv_heads: int | None = None
+    window: int | None = None
+    rope_base: float | None = 10_000.0
+    qk_norm: bool = False
+    sinks: bool = False
+    output_gate: bool = False
+    softcap: float | None = None
+    qkv_bias: bool = False
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    def problems(self) -> Iterator[Problem]:
+        for name in ("num_heads", "head_dim", "num_kv_heads", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield Problem(name, value, "must be at least 1")
+                return
+        if self.num_heads % self.kv_heads:
+            divisors = ", ".join(str(n) for n in range(1, self.num_heads + 1) if self.num_heads % n == 0)
+            yield Problem("num_kv_heads", self.num_kv_heads, f"must divide num_heads = {self.num_heads}", f"use {divisors}")
+        if self.rope_base is not None and self.head_dim % 2:
+            yield Problem("head_dim", self.head_dim, "must be even under rotary positions", "use an even width or rope_base=None")
+
+    def build(self, info: BuildInfo) -> "AttentionMixer":
+        return AttentionMixer(self, info)
+
+    def flops_per_token(self, d_model: int, seq_len: int) -> float:
+        width = self.num_heads * self.head_dim
+        projections = 2 * d_model * (2 * width + 2 * self.kv_heads * self.head_dim + (width if self.output_gate else 0))
+        if self.window is None or self.window >= seq_len:
+            seen = (seq_len + 1) / 2
+        else:
+            seen = self.window - self.window * (self.window - 1) / (2 * seq_len)
+        return projections + 4 * width * seen
+
+    def state_size(self, d_model: int, seq_len: int) -> int:
+        tokens = seq_len if self.window is None else min(seq_len, self.window - 1)
+        return 2 * tokens * self.kv_heads * self.head_dim
+
+    @classmethod
+    def example(cls) -> tuple["Attention", BuildInfo]:
+        config = cls(num_heads=4, num_kv_heads=2, head_dim=8, window=24, qk_norm=True, sinks=True, output_gate=True)
+        return config, BuildInfo(d_model=32, num_sub_layers=4, vocab_size=64)
+
+
+class AttentionMixer(Mixer):
+    def __init__(self, config: Attention, info: BuildInfo):
+        self.config = config
+        d, n, k, h = info.d_model, config.num_heads, config.kv_heads, config.head_dim
+        self.query = Linear((("embed", d),), (("heads", n), ("head_dim", h)), bias=config.qkv_bias)
+        self.key = Linear((("embed", d),), (("kv_heads", k), ("head_dim", h)), bias=config.qkv_bias)
+        self.value = Linear((("embed", d),), (("kv_heads", k), ("head_dim", h)), bias=config.qkv_bias)
+        self.gate = Linear((("embed", d),), (("heads", n), ("head_dim", h))) if config.output_gate else None
+        self.query_norm = RMSNorm(h) if config.qk_norm else None
+        self.key_norm = RMSNorm(h) if config.qk_norm else None
+        self.sinks = param((n,), ("heads",), zeros, group="vector") if config.sinks else None
+        out_init = fan_in(n * h, scale=info.residual_scale)
+        self.output = Linear((("heads", n), ("head_dim", h)), (("embed", d),), init=out_init)
+
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, ctx)
+        run = local(self._attend, ctx.rules, ("q", "kv", "kv", "tokens", "heads"), "q")
+        o_BTNH = run(q_BTNH, k_BTKH, v_BTKH, ctx.segment_ids, self._sinks())
+        return self._finish(o_BTNH, x_BTD), {}
+
+    def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
+        """A cache of keys and values: the last `window - 1` tokens, or all of `max_length`."""
+        window = self.config.window
+        slots = max_length if window is None else min(max_length, max(window - 1, 1))
+        shape = (batch, slots, self.config.kv_heads, self.config.head_dim)
+        empty = jnp.zeros((batch, slots), jnp.int32)
+        keys, values = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+        return {"key": keys, "value": values, "segment": empty, "position": empty, "length": jnp.zeros((), jnp.int32)}
+
+    def step(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any]:
+        """Attend to the cache and to the new tokens; the window keeps its last tokens, the full cache appends."""
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, ctx)
+        new = {"key": k_BTKH, "value": v_BTKH, "segment": ctx.segment_ids, "position": ctx.positions}
+        if self.config.window is None:
+            start = state["length"]
+            seen = {name: jax.lax.dynamic_update_slice_in_dim(state[name], new[name], start, axis=1) for name in new}
+            kept = seen
+        else:
+            slots = state["key"].shape[1]
+            seen = {name: jnp.concatenate([state[name], new[name]], axis=1) for name in new}
+            kept = {name: value[:, -slots:] for name, value in seen.items()}
+        o_BTNH = attention(
+            q_BTNH,
+            seen["key"],
+            seen["value"],
+            window=self.config.window,
+            segment_ids=(ctx.segment_ids, seen["segment"]),
+            positions=(ctx.positions, seen["position"]),
+            sinks=self._sinks(),
+            softcap=self.config.softcap,
+            implementation=self.config.kernel,
+        )
+        return self._finish(o_BTNH, x_BTD), {**kept, "length": state["length"] + x_BTD.shape[1]}
+
+    def _project(self, x_BTD, ctx):
+        q_BTNH, k_BTKH, v_BTKH = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        if self.query_norm is not None:
+            q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
+        if self.config.rope_base is not None:
+            q_BTNH = apply_rope(q_BTNH, ctx.positions, base=self.config.rope_base)
+            k_BTKH = apply_rope(k_BTKH, ctx.positions, base=self.config.rope_base)
+        return tuple(save_point(part, "attention_qkv") for part in (q_BTNH, k_BTKH, v_BTKH))
+
+    def _attend(self, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, sinks_N):
+        return attention(
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            window=self.config.window,
+            segment_ids=segment_ids_BT,
+            sinks=sinks_N,
+            softcap=self.config.softcap,
+            implementation=self.config.kernel,
+        )
+
+    def _sinks(self):
+        return None if self.sinks is None else self.sinks[...]
+
+    def _finish(self, o_BTNH, x_BTD):
+        o_BTNH = save_point(o_BTNH, "attention_out")
+        if self.gate is not None:
+            o_BTNH = o_BTNH * nnx.sigmoid(self.gate(x_BTD))
+        return self.output(o_BTNH)

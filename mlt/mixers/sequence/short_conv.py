@@ -1,0 +1,66 @@
+"""Double-gated short convolution: the cheapest sequence mixer, for layers that need only local context."""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from mlt.config.problems import Problem
+from mlt.mixers.base import Aux, BuildInfo, Context, Mixer, SequenceMixerConfig, keep_where, resume_segment
+from mlt.nn.conv import CausalConv
+from mlt.nn.linear import Linear
+from mlt.nn.param import fan_in
+
+
+class ShortConv(SequenceMixerConfig):
+    """y = W_o (c * conv(b * u)) with b, c, u linear in x: the gated short convolution block of LFM2 (arXiv 2511.23404).
+
+    Attributes:
+        width: taps of the convolution.
+    """
+
+    context: ClassVar[str] = "halo"
+
+    width: int = 3
+
+    def problems(self) -> Iterator[Problem]:
+        if not 2 <= self.width <= 8:
+            yield Problem("width", self.width, "must be between 2 and 8")
+
+    def build(self, info: BuildInfo) -> "ShortConvMixer":
+        return ShortConvMixer(self, info)
+
+    def flops_per_token(self, d_model: int, seq_len: int) -> float:
+        return 8 * d_model * d_model + 2 * self.width * d_model
+
+    def state_size(self, d_model: int, seq_len: int) -> int:
+        return (self.width - 1) * d_model
+
+    @classmethod
+    def example(cls) -> tuple["ShortConv", BuildInfo]:
+        return cls(), BuildInfo(d_model=32, num_sub_layers=4, vocab_size=64)
+
+
+class ShortConvMixer(Mixer):
+    def __init__(self, config: ShortConv, info: BuildInfo):
+        self.config = config
+        d = info.d_model
+        stream, channels = (("embed", d),), (("heads", d),)
+        self.value = Linear(stream, channels)
+        self.input_gate = Linear(stream, channels)
+        self.output_gate = Linear(stream, channels)
+        self.conv = CausalConv(channels, width=config.width, activation=None)
+        self.output = Linear(channels, stream, init=fan_in(d, scale=info.residual_scale))
+
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
+        mixed = self.conv(self.input_gate(x_BTD) * self.value(x_BTD), ctx.segment_ids)
+        return self.output(self.output_gate(x_BTD) * mixed), {}
+
+    def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
+        return {"halo": self.conv.init_state(batch, dtype), "segment": jnp.zeros((batch,), jnp.int32)}
+
+    def step(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any]:
+        halo = keep_where(resume_segment(state["segment"], ctx.segment_ids), state["halo"])
+        mixed, halo = self.conv.step(self.input_gate(x_BTD) * self.value(x_BTD), ctx.segment_ids, halo)
+        return self.output(self.output_gate(x_BTD) * mixed), {"halo": halo, "segment": ctx.segment_ids[:, -1]}

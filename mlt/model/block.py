@@ -1,0 +1,83 @@
+"""A block: an ordered list of residual sub-layers, each a norm and a mixer."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mlt.config.base import Config
+from mlt.config.problems import Problem
+from mlt.mixers.base import Aux, BuildInfo, Context, MixerConfig, save_point
+from mlt.model.remat import Remat
+from mlt.nn.norm import RMSNorm
+
+STREAM = ("batch", "seq", "stream")
+
+
+class Block(Config):
+    """x <- x + mixer(norm(x)) for each mixer in turn.
+
+    Attributes:
+        mixers: the sub-layers, in order.
+        norm_eps: of the norms.
+        post_norm: also normalize each mixer's output before it is added.
+    """
+
+    mixers: tuple[MixerConfig, ...]
+    norm_eps: float = 1e-6
+    post_norm: bool = False
+
+    def problems(self) -> Iterator[Problem]:
+        if not self.mixers:
+            yield Problem("mixers", (), "a block needs at least one mixer")
+
+    def build(self, info: BuildInfo) -> "BlockModule":
+        return BlockModule(self, info)
+
+
+class SubLayer(nnx.Module):
+    """One residual addition."""
+
+    def __init__(self, mixer: MixerConfig, config: Block, info: BuildInfo):
+        self.norm = RMSNorm(info.d_model, axis="embed", eps=config.norm_eps) if mixer.pre_norm else None
+        self.mixer = mixer.build(info)
+        self.post_norm = RMSNorm(info.d_model, axis="embed", eps=config.norm_eps) if config.post_norm else None
+
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
+        x_BTD = save_point(x_BTD, "sub_layer_in")
+        y_BTD, aux = self.mixer(x_BTD if self.norm is None else self.norm(x_BTD), ctx)
+        return self._add(x_BTD, save_point(y_BTD, "mixer_out"), ctx), aux
+
+    def step(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any]:
+        y_BTD, state = self.mixer.step(x_BTD if self.norm is None else self.norm(x_BTD), state, ctx)
+        return self._add(x_BTD, y_BTD, ctx), state
+
+    def _add(self, x_BTD, y_BTD, ctx):
+        if self.post_norm is not None:
+            y_BTD = self.post_norm(y_BTD)
+        return ctx.rules.constrain(x_BTD + y_BTD, STREAM)
+
+
+class BlockModule(nnx.Module):
+    def __init__(self, config: Block, info: BuildInfo):
+        self.sub_layers = nnx.List([SubLayer(mixer, config, info) for mixer in config.mixers])
+
+    def __call__(self, x_BTD: jax.Array, ctx: Context, remat: Remat) -> tuple[jax.Array, list[Aux]]:
+        auxes = []
+        for sub_layer in self.sub_layers:
+            run = remat.apply(lambda layer, x, c: layer(x, c))
+            x_BTD, aux = run(sub_layer, x_BTD, ctx)
+            auxes.append(aux)
+        return x_BTD, auxes
+
+    def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> list[Any]:
+        return [layer.mixer.init_state(batch, max_length, dtype) for layer in self.sub_layers]
+
+    def step(self, x_BTD: jax.Array, states: list[Any], ctx: Context) -> tuple[jax.Array, list[Any]]:
+        new = []
+        for layer, state in zip(self.sub_layers, states, strict=True):
+            x_BTD, state = layer.step(x_BTD, state, ctx)
+            new.append(state)
+        return x_BTD, new

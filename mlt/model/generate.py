@@ -1,0 +1,88 @@
+"""Text from a model, one token at a time, from the mixers' decoding states: the prompt is never run again."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mlt.mixers.base import Context
+from mlt.model.lm import LM
+from mlt.parallel.rules import Rules
+
+PREFILL_MULTIPLE = 64
+
+
+def generate(
+    model: LM,
+    prompt_ids: np.ndarray,
+    *,
+    tokens: int,
+    temperature: float,
+    key: jax.Array,
+    rules: Rules,
+    dtype: jnp.dtype,
+    drawable_V: np.ndarray,
+    end_id: int,
+) -> np.ndarray:
+    """Continue a prompt.
+
+    Args:
+        model: parameters.
+        prompt_ids: (P,) token ids of one document from its start, P >= 1.
+        tokens: how many to draw.
+        temperature: of the softmax; 0 takes the most likely token.
+        key: random key of the draw.
+        rules: layout.
+        dtype: compute type.
+        drawable_V: (V,) bool, the ids that may be drawn; the rest of the vocabulary is padding.
+        end_id: the id that ends a document; nothing behind it is returned.
+
+    Returns:
+        Up to (tokens,) int32 drawn ids.
+    """
+    # Padding on the left keeps the number of compiled prompt lengths small; it is segment 0, which nothing sees.
+    length = -(-len(prompt_ids) // PREFILL_MULTIPLE) * PREFILL_MULTIPLE
+    pad = length - len(prompt_ids)
+    ids = np.concatenate([np.zeros(pad, np.int32), prompt_ids])[None].astype(np.int32)
+    segments = (np.arange(length) >= pad).astype(np.int32)[None]
+    positions = np.maximum(np.arange(length) - pad, 0).astype(np.int32)[None]
+    # A model may have more rows than its tokenizer has ids.
+    forbidden_V = np.zeros(model.config.vocab_size, np.float32)
+    forbidden_V[len(drawable_V) :] = -np.inf
+    forbidden_V[: len(drawable_V)][~drawable_V] = -np.inf
+    draw = _drawer(rules, jnp.dtype(dtype), tokens, temperature == 0.0)
+    drawn = np.asarray(draw(model, ids, segments, positions, forbidden_V, jnp.float32(max(temperature, 1e-6)), key))
+    ends = np.flatnonzero(drawn == end_id)
+    return drawn[: ends[0]] if len(ends) else drawn
+
+
+@functools.lru_cache(maxsize=16)
+def _drawer(rules: Rules, dtype: jnp.dtype, tokens: int, greedy: bool):
+    """The compiled function for one length and mode."""
+
+    def pick(model: LM, hidden_BD: jax.Array, forbidden_V: jax.Array, temperature: jax.Array, key: jax.Array) -> jax.Array:
+        logits_BV = model.logits(hidden_BD[:, None])[:, 0] + forbidden_V
+        if greedy:
+            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return jax.random.categorical(key, logits_BV / temperature).astype(jnp.int32)
+
+    @jax.jit
+    def run(model, ids_BT, segments_BT, positions_BT, forbidden_V, temperature, key):
+        state = model.init_state(ids_BT.shape[0], ids_BT.shape[1] + tokens, dtype)
+        context = Context(ids_BT, segments_BT, positions_BT, rules, False)
+        hidden_BTD, state = model.step(state, context, dtype=dtype)
+        first = pick(model, hidden_BTD[:, -1], forbidden_V, temperature, jax.random.fold_in(key, 0))
+
+        def body(carry, index):
+            token_B, position_B, state = carry
+            context = Context(token_B[:, None], jnp.ones_like(token_B)[:, None], position_B[:, None], rules, False)
+            hidden_BTD, state = model.step(state, context, dtype=dtype)
+            following = pick(model, hidden_BTD[:, 0], forbidden_V, temperature, jax.random.fold_in(key, index))
+            return (following, position_B + 1, state), following
+
+        start = (first, positions_BT[:, -1] + 1, state)
+        _, rest_TB = jax.lax.scan(body, start, jnp.arange(1, tokens))
+        return jnp.concatenate([first[None], rest_TB])[:, 0]
+
+    return run

@@ -1,0 +1,100 @@
+"""The one model class: embed, stack, norm, head."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mlt.config.base import Config
+from mlt.config.problems import Problem
+from mlt.mixers.base import BuildInfo, Context
+from mlt.model.block import STREAM
+from mlt.model.remat import Remat
+from mlt.model.stack import Stack, StackAux
+from mlt.nn.embed import Embedding
+from mlt.nn.norm import RMSNorm
+from mlt.nn.param import fan_in, param
+
+
+class LMConfig(Config):
+    """A language model. Families are values of this config, never classes of their own.
+
+    Attributes:
+        d_model: width of the residual stream (D).
+        vocab_size: rows of the embedding and columns of the head (V); at least the tokenizer's.
+        stack: the blocks.
+        tie_embeddings: the head is the transposed embedding.
+        embed_std: standard deviation of the embedding at initialization.
+        logit_softcap: logits become cap * tanh(logit / cap).
+        norm_eps: of the final norm.
+    """
+
+    d_model: int
+    vocab_size: int
+    stack: Stack
+    tie_embeddings: bool = False
+    embed_std: float = 0.02
+    logit_softcap: float | None = None
+    norm_eps: float = 1e-6
+
+    def problems(self) -> Iterator[Problem]:
+        for name in ("d_model", "vocab_size"):
+            if getattr(self, name) < 1:
+                yield Problem(name, getattr(self, name), "must be at least 1")
+
+    def info(self, token_strings: tuple[str, ...] | None = None) -> BuildInfo:
+        """What the mixers may know of this model."""
+        count = len(self.stack.mixers())
+        return BuildInfo(self.d_model, count, self.vocab_size, token_strings)
+
+    def build(self, token_strings: tuple[str, ...] | None = None) -> "LM":
+        """The model as a tree of described parameters; `nn.param.initialize` makes them.
+
+        Args:
+            token_strings: the tokenizer's raw text per id, needed by mixers that compress token ids.
+        """
+        return LM(self, self.info(token_strings))
+
+
+class LM(nnx.Module):
+    def __init__(self, config: LMConfig, info: BuildInfo):
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.d_model, std=config.embed_std)
+        self.stack = config.stack.build(info)
+        self.norm = RMSNorm(config.d_model, axis="embed", eps=config.norm_eps)
+        shape = (config.d_model, config.vocab_size)
+        head = None if config.tie_embeddings else param(shape, ("embed", "vocab"), fan_in(config.d_model), group="embedding")
+        self.head = head
+
+    def __call__(self, ctx: Context, *, dtype: jnp.dtype, remat: Remat) -> tuple[jax.Array, StackAux]:
+        """Final hidden states (B, T, D) in `dtype`, and every mixer's aux."""
+        x_BTD = ctx.rules.constrain(self.embed(ctx.token_ids, dtype), STREAM)
+        x_BTD, aux = self.stack(x_BTD, ctx, remat)
+        return self.norm(x_BTD), aux
+
+    def unembedding(self) -> jax.Array:
+        """(D, V) matrix that turns hidden states into logits."""
+        return self.embed.table[...].T if self.head is None else self.head[...]
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """(B, T, V) float32. Training never calls this: the loss works in chunks."""
+        logits = jnp.dot(hidden_BTD, self.unembedding().astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
+        """Decoding state before the first token, for up to `max_length` tokens."""
+        return self.stack.init_state(batch, max_length, dtype)
+
+    def step(self, state: Any, ctx: Context, *, dtype: jnp.dtype) -> tuple[jax.Array, Any]:
+        """Hidden states of T more tokens and the state behind them."""
+        x_BTD, state = self.stack.step(self.embed(ctx.token_ids, dtype), state, ctx)
+        return self.norm(x_BTD), state
+
+    def updated(self, aux: StackAux) -> "LM":
+        """The model with its buffers moved on after an optimizer step."""
+        new = jax.tree.map(lambda leaf: leaf, self)
+        new.stack = self.stack.updated(aux)
+        return new

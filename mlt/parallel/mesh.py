@@ -1,0 +1,71 @@
+"""Mesh axes, their degrees, and the mesh they make of the devices at hand."""
+
+import math
+from collections.abc import Iterator
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from mlt.config.base import Config
+from mlt.config.problems import Problem
+from mlt.errors import UserError
+
+AXES = ("replica", "fsdp", "expert", "context", "tensor")
+"""Slowest links first, so that tensor shards sit on neighbouring devices."""
+
+
+class Layout(Config):
+    """Shards along each mesh axis; their product is the number of devices.
+
+    Attributes:
+        replica: copies of everything; gradients are averaged over them.
+        fsdp: parameters, gradients and optimizer state split; also splits the batch.
+        context: the sequence split.
+        tensor: heads, hidden units and the vocabulary split.
+        expert: experts split; also splits the batch.
+    """
+
+    replica: int = 1
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+    expert: int = 1
+
+    @property
+    def num_devices(self) -> int:
+        return math.prod(getattr(self, axis) for axis in AXES)
+
+    @property
+    def batch_shards(self) -> int:
+        return self.replica * self.fsdp * self.expert
+
+    def problems(self) -> Iterator[Problem]:
+        for axis in AXES:
+            if getattr(self, axis) < 1:
+                yield Problem(axis, getattr(self, axis), "must be at least 1")
+        if self.context > 1:
+            yield Problem("context", self.context, "sequences cannot be split yet", "use context=1 and more fsdp or tensor")
+
+    def shape(self) -> dict[str, int]:
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    def abstract(self) -> AbstractMesh:
+        """The mesh without devices, for plans and lowering."""
+        kinds = (AxisType.Auto,) * len(AXES)
+        return AbstractMesh(tuple(self.shape().values()), AXES, axis_types=kinds)
+
+    def build(self, devices: list[jax.Device] | None = None) -> Mesh:
+        """The mesh over `devices` (default: all there are).
+
+        Raises:
+            UserError: the product of the degrees is not the number of devices.
+        """
+        devices = jax.devices() if devices is None else devices
+        if self.num_devices != len(devices):
+            degrees = " * ".join(f"{axis}={n}" for axis, n in self.shape().items() if n > 1) or "every axis 1"
+            raise UserError(
+                f"mesh: {degrees} makes {self.num_devices} devices, but {len(devices)} {devices[0].platform} device(s) "
+                f"are here; the product must equal {len(devices)}, for instance --set mesh.fsdp={len(devices)}"
+            )
+        kinds = (AxisType.Auto,) * len(AXES)
+        return jax.make_mesh(tuple(self.shape().values()), AXES, axis_types=kinds, devices=devices)

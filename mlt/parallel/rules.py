@@ -1,0 +1,97 @@
+"""One table from logical axes to mesh axes, and the shardings that follow from it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mlt.errors import UserError
+from mlt.nn.param import ParamSpec, named_leaves
+
+LOGICAL_TO_MESH: dict[str, tuple[str, ...]] = {
+    "batch": ("replica", "fsdp", "expert"),
+    "seq": ("context",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "ffn": ("tensor",),
+    "experts": ("expert",),
+    "vocab": ("tensor",),
+    "memory": ("fsdp",),
+    "layers": (),
+    # The residual stream's width: never sharded, unlike the same dim of a parameter.
+    "stream": (),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Where arrays live. `mesh=None` means one device and no constraints."""
+
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None
+
+    def size(self, logical: str) -> int:
+        """Number of shards along a logical axis."""
+        if self.mesh is None:
+            return 1
+        count = 1
+        for axis in LOGICAL_TO_MESH[logical]:
+            count *= self.mesh.shape[axis]
+        return count
+
+    def spec(self, axes: tuple[str | None, ...]) -> PartitionSpec:
+        """PartitionSpec of an array whose dims carry these logical axes.
+
+        Raises:
+            ValueError: an axis is unknown, or two dims of one array would take the same mesh axis.
+        """
+        taken: dict[str, str] = {}
+        parts: list[Any] = []
+        for axis in axes:
+            if axis is not None and axis not in LOGICAL_TO_MESH:
+                raise ValueError(f"unknown logical axis {axis!r}; the axes are {', '.join(LOGICAL_TO_MESH)}")
+            names = LOGICAL_TO_MESH[axis] if axis is not None else ()
+            for name in names:
+                if name in taken:
+                    raise ValueError(f"axes {axes}: {axis!r} and {taken[name]!r} both map to mesh axis {name!r}")
+                taken[name] = axis
+            parts.append(names[0] if len(names) == 1 else (names or None))
+        return PartitionSpec(*parts)
+
+    def sharding(self, axes: tuple[str | None, ...]) -> NamedSharding | None:
+        return None if self.mesh is None else NamedSharding(self.mesh, self.spec(axes))
+
+    def constrain(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        """Pin an activation's layout; nothing on one device."""
+        if self.mesh is None or self.mesh.size == 1:
+            return x
+        return jax.lax.with_sharding_constraint(x, self.sharding(axes))
+
+    def param_shardings(self, module: Any) -> Any:
+        """The tree of shardings of a described module.
+
+        Raises:
+            UserError: a parameter's size does not divide by the shards of its axis; every such parameter is listed.
+        """
+        if self.mesh is None:
+            raise ValueError("param_shardings needs a mesh")
+        problems = [line for name, spec in named_leaves(module) for line in self.indivisible(name, spec)]
+        if problems:
+            raise UserError("the model does not fit this mesh:\n" + "\n".join(f"  {line}" for line in problems))
+        return jax.tree.map(lambda spec: self.sharding(spec.axes), module)
+
+    def indivisible(self, name: str, spec: ParamSpec) -> list[str]:
+        """What is wrong with laying this parameter out on the mesh: one line per dim that does not divide."""
+        lines = []
+        for axis, size in zip(spec.axes, spec.shape, strict=True):
+            shards = 1 if axis is None else self.size(axis)
+            if size % shards:
+                mesh_axes = "*".join(LOGICAL_TO_MESH[axis])
+                ways = [str(n) for n in range(1, size + 1) if size % n == 0 and n < shards][-4:]
+                lines.append(
+                    f"{name}: its {axis} dim of {size} does not divide by {mesh_axes}={shards}; "
+                    f"use {mesh_axes} in {{{', '.join(ways)}}} or a size that is a multiple of {shards}"
+                )
+        return lines

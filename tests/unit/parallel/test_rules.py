@@ -1,0 +1,39 @@
+"""Logical axes to mesh axes: collisions and sizes that do not divide are named."""
+
+import pytest
+from jax.sharding import PartitionSpec
+
+from mlt.errors import UserError
+from mlt.nn.linear import Linear
+from mlt.parallel.mesh import Layout
+from mlt.parallel.rules import Rules
+
+
+def rules(**degrees: int) -> Rules:
+    return Rules(Layout(**degrees).abstract())
+
+
+def test_specs():
+    assert rules(fsdp=8).spec(("embed", "ffn")) == PartitionSpec("fsdp", "tensor")
+    assert rules(fsdp=8).spec(("batch", "seq", "stream")) == PartitionSpec(("replica", "fsdp", "expert"), "context", None)
+
+
+def test_two_dims_on_one_mesh_axis_are_refused():
+    with pytest.raises(ValueError, match="both map to mesh axis 'tensor'"):
+        rules().spec(("heads", "ffn"))
+    with pytest.raises(ValueError, match="unknown logical axis 'width'"):
+        rules().spec(("width",))
+
+
+def test_sizes_that_do_not_divide_are_all_listed():
+    layer = Linear((("embed", 6),), (("ffn", 10),))
+    with pytest.raises(UserError) as error:
+        rules(fsdp=4, tensor=4).param_shardings(layer)
+    message = str(error.value)
+    assert "kernel: its embed dim of 6 does not divide by fsdp=4" in message
+    assert "kernel: its ffn dim of 10 does not divide by tensor=4" in message
+
+
+def test_mesh_must_match_the_devices():
+    with pytest.raises(UserError, match=r"fsdp=3 makes 3 devices, but 8 cpu"):
+        Layout(fsdp=3).build()
