@@ -1,0 +1,1 @@
+"""Checkpoints: asynchronous, committed whole or not at all, restored strictly and verified to the bit."""

@@ -1,0 +1,166 @@
+"""Where a checkpoint keeps what: directories, the small JSON files, and what counts as committed.
+
+    <run>/checkpoints/<step>/state/            the arrays (Orbax, OCDBT)
+    <run>/checkpoints/<step>/data/metadata     position in the data, JSON
+    <run>/checkpoints/<step>/meta/metadata     what the run recorded, the table of leaves and check sums, JSON
+
+A save is written beside its place and renamed when it is complete, so a step directory with a commit time is whole.
+Everything else is left over from a writer that died.
+"""
+
+import json
+import logging
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlt.checkpoint.leaves import Leaf, from_json, to_json
+from mlt.errors import UserError
+
+LOGGER = logging.getLogger("mlt.checkpoint")
+_FORMAT = 1
+_COMMIT_FILE = "_CHECKPOINT_METADATA"
+_JSON_FILE = "metadata"
+_UNFINISHED_MARK = ".orbax-checkpoint-tmp"
+
+
+class CheckpointError(UserError):
+    """A checkpoint could not be written, or what is on the disk cannot be read back."""
+
+
+class Record(NamedTuple):
+    """The JSON side of a checkpoint: the caller's `meta` and `data`, and the table of the state's leaves."""
+
+    meta: dict[str, Any]
+    data: dict[str, Any]
+    leaves: dict[str, Leaf]
+
+
+def step_path(directory: Path, step: int) -> Path:
+    """Give the directory of one step."""
+    return directory / str(step)
+
+
+def committed_steps(directory: str | Path) -> list[int]:
+    """List the committed steps of a checkpoint directory in ascending order; empty where there is no directory.
+
+    Raises:
+      CheckpointError: the directory exists but cannot be listed.
+    """
+    return [int(path.name) for path in _step_directories(Path(directory)) if _is_committed(path)]
+
+
+def unfinished(directory: str | Path) -> list[Path]:
+    """List what interrupted saves left behind: step directories without commit time, and temporary ones."""
+    directory = Path(directory)
+    halves = [path for path in _step_directories(directory) if not _is_committed(path)]
+    return halves + [path for path in _list(directory) if path.name.endswith(_UNFINISHED_MARK)]
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged step directory so that its step can be saved again; nothing is deleted."""
+    target, count = path.with_name(f"{path.name}.damaged"), 1
+    while target.exists():
+        target, count = path.with_name(f"{path.name}.damaged-{count}"), count + 1
+    path.rename(target)
+    return target
+
+
+def encode(meta: Mapping[str, Any], data: Mapping[str, Any], leaves: Mapping[str, Leaf]) -> tuple[dict, dict]:
+    """Build the contents of the two JSON items, `meta` and `data`.
+
+    Both are copies, so the caller may go on changing its own dictionaries while they are written.
+
+    Raises:
+      TypeError: something in them is not JSON.
+    """
+    data_copy = json.loads(json.dumps(data))
+    body = json.loads(json.dumps({"format": _FORMAT, "meta": meta, "leaves": to_json(leaves)}))
+    body["data_crc32"] = _crc32(data_copy)
+    return {**body, "crc32": _crc32(body)}, data_copy
+
+
+def read_record(path: Path) -> Record:
+    """Read and verify the JSON items of a committed step directory, without touching an array.
+
+    Raises:
+      CheckpointError: a file is missing, unreadable or altered.
+    """
+    body, data = _read_json(path / "meta" / _JSON_FILE), _read_json(path / "data" / _JSON_FILE)
+    if body.get("format") != _FORMAT:
+        raise CheckpointError(f"checkpoint {path} has format {body.get('format')!r}; this version of mlt reads format {_FORMAT}")
+    for name, content, expected in (
+        ("meta", {key: body[key] for key in body if key != "crc32"}, body.get("crc32")),
+        ("data", data, body.get("data_crc32")),
+    ):
+        if _crc32(content) != expected:
+            raise CheckpointError(f"checkpoint {path} is damaged: the contents of {name}/{_JSON_FILE} were altered")
+    return Record(body["meta"], data, from_json(body["leaves"]))
+
+
+def read_meta(directory: str | Path, step: int) -> dict[str, Any]:
+    """Read what the run recorded with a step, without its arrays (milliseconds, no Orbax).
+
+    Raises:
+      CheckpointError: the step is not committed, or its files are damaged.
+    """
+    return read_record(require_step(Path(directory), step)).meta
+
+
+def read_leaves(directory: str | Path, step: int) -> dict[str, Leaf]:
+    """Read the table of a step's arrays: path -> shape, type, digest.
+
+    Raises:
+      CheckpointError: the step is not committed, or its files are damaged.
+    """
+    return read_record(require_step(Path(directory), step)).leaves
+
+
+def require_step(directory: Path, step: int) -> Path:
+    """Give the directory of a committed step.
+
+    Raises:
+      CheckpointError: there is no such step; the message lists those there are.
+    """
+    path = step_path(directory, step)
+    if not _is_committed(path):
+        have = ", ".join(map(str, committed_steps(directory))) or "none"
+        raise CheckpointError(f"there is no checkpoint of step {step} in {directory}; committed steps: {have}")
+    return path
+
+
+def _list(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"cannot list the checkpoints in {directory}: {error.strerror}") from error
+
+
+def _step_directories(directory: Path) -> list[Path]:
+    paths = [path for path in _list(directory) if path.name.isascii() and path.name.isdigit() and path.is_dir()]
+    return sorted(paths, key=lambda path: int(path.name))
+
+
+def _is_committed(path: Path) -> bool:
+    try:
+        return bool(json.loads((path / _COMMIT_FILE).read_bytes())["commit_timestamp_nsecs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
+        raise CheckpointError(f"checkpoint {path.parent.parent} is damaged: cannot read {path}: {reason}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"checkpoint {path.parent.parent} is damaged: {path} holds no mapping")
+    return content
+
+
+def _crc32(content: Any) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())

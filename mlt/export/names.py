@@ -1,0 +1,56 @@
+"""Names of exported tensors: one per layer and parameter, whatever the stack's scan.
+
+`stack.period.1.sub_layers.0.mixer.query.kernel` of shape (repeats, ...) becomes `layers.L.sub_layers.0.mixer.query.kernel`
+for each layer L of the stack in depth order.
+"""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from mlt.model.lm import LMConfig
+from mlt.nn.param import named_leaves, path_name
+
+_STACK = re.compile(r"stack\.(head|period|tail)\.(\d+)\.(.+)")
+
+
+def layer_names(config: LMConfig, name: str) -> list[str]:
+    """Exported names of a parameter: one, or one per repeat for a parameter of the period."""
+    match = _STACK.fullmatch(name)
+    if match is None:
+        return [name]
+    part, index, rest = match[1], int(match[2]), match[3]
+    stack = config.stack
+    if part == "head":
+        return [f"layers.{index}.{rest}"]
+    if part == "tail":
+        return [f"layers.{stack.num_layers - len(stack.tail) + index}.{rest}"]
+    return [f"layers.{len(stack.head) + repeat * len(stack.period) + index}.{rest}" for repeat in range(stack.repeats)]
+
+
+def to_tensors(config: LMConfig, model: Any) -> dict[str, np.ndarray]:
+    """Every parameter and buffer of a model under its exported name."""
+    tensors: dict[str, np.ndarray] = {}
+    for name, leaf in named_leaves(model):
+        array = np.asarray(leaf)
+        names = layer_names(config, name)
+        parts = array if _STACK.fullmatch(name) and name.startswith("stack.period.") else [array]
+        tensors |= dict(zip(names, (np.ascontiguousarray(part) for part in parts), strict=True))
+    return tensors
+
+
+def from_tensors(config: LMConfig, specs: Any, tensors: dict[str, np.ndarray]) -> Any:
+    """A model of arrays from exported tensors; `specs` is its described tree.
+
+    Raises:
+        KeyError: a tensor is missing.
+    """
+    flat, treedef = jax.tree_util.tree_flatten_with_path(specs)
+    leaves = []
+    for path, _ in flat:
+        name = path_name(path)
+        parts = [tensors[exported] for exported in layer_names(config, name)]
+        leaves.append(np.stack(parts) if name.startswith("stack.period.") else parts[0])
+    return jax.tree_util.tree_unflatten(treedef, [jax.numpy.asarray(leaf) for leaf in leaves])

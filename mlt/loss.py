@@ -1,0 +1,47 @@
+"""The training loss: chunked cross-entropy plus what the mixers add."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from mlt_kernels import cross_entropy
+
+from mlt.mixers.base import Context
+from mlt.model.lm import LM
+from mlt.model.remat import Remat
+from mlt.parallel.rules import Rules
+
+Batch = dict[str, jax.Array]
+
+
+def context_of(batch: Batch, rules: Rules, *, train: bool) -> Context:
+    """What the mixers may know of a batch (fields of `data/pack.py`, each (B, T))."""
+    return Context(batch["tokens"], batch["segment_ids"], batch["positions"], rules, train)
+
+
+def token_losses(
+    model: LM, batch: Batch, rules: Rules, *, dtype: jnp.dtype, remat: Remat, z_loss: float = 0.0, train: bool = False
+) -> tuple[jax.Array, Any]:
+    """(weighted loss per token (B, T) float32 in nats, mixers' aux). Logits never exist whole."""
+    hidden_BTD, aux = model(context_of(batch, rules, train=train), dtype=dtype, remat=remat)
+    losses_BT = cross_entropy(
+        hidden_BTD,
+        model.unembedding().astype(dtype),
+        batch["targets"],
+        weights=batch["weights"],
+        z_loss=z_loss,
+        softcap=model.config.logit_softcap,
+    )
+    return losses_BT, aux
+
+
+def reduce_aux(aux: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(sum of the `loss/` entries over all layers, mean over layers of each `loss/` and `metric/` entry)."""
+    gathered: dict[str, list[jax.Array]] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(aux)[0]:
+        name = path[-1].key
+        if not name.startswith("count/"):
+            gathered.setdefault(name, []).append(jnp.ravel(leaf))
+    flat = {name: jnp.concatenate(values) for name, values in gathered.items()}
+    total = sum((jnp.sum(value) for name, value in flat.items() if name.startswith("loss/")), jnp.zeros(()))
+    return total, {name: jnp.mean(value) for name, value in flat.items()}

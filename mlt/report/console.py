@@ -1,0 +1,50 @@
+"""What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere."""
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class RunConsole:
+    """Prints messages, the bar and one line per logged step."""
+
+    def __init__(self, total_steps: int):
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.total = total_steps
+        self.progress: Progress | None = None
+        self.task = None
+
+    def say(self, message: str) -> None:
+        self.console.print(message, markup=False)
+
+    def start(self, step: int) -> None:
+        """Begin the bar at a step already done."""
+        if not self.console.is_terminal:
+            return
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[line]}"),
+            TimeRemainingColumn(),
+        )
+        self.progress = Progress(*columns, console=self.console, transient=True)
+        self.progress.start()
+        self.task = self.progress.add_task("train", total=self.total, completed=step, line="")
+
+    def logged(self, step: int, metrics: Mapping[str, float], bits_per_byte: float) -> None:
+        """Show a logged step."""
+        speed, wait = metrics["throughput/tokens_per_second"], metrics["data/wait_seconds"]
+        line = f"loss {metrics['train/loss']:.3f}  {bits_per_byte:.2f} bits/byte  {speed:,.0f} tokens/s"
+        if wait > 0.01:
+            line += f"  waited {wait:.2f} s for data"
+        if self.progress is None:
+            self.say(f"step {step}/{self.total}  {line}")
+        else:
+            self.progress.update(self.task, completed=step, line=line)
+
+    def stop(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None

@@ -1,0 +1,199 @@
+"""Where metrics go: always to metrics.jsonl, on request elsewhere as well. No sink ever stops a training."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Protocol, Self
+
+import jax
+
+from mlt.config.base import Config
+from mlt.config.problems import Problem
+from mlt.report.wandb_sink import WandbConfig, WandbSink
+from mlt.run_paths import RunPaths, replacing
+
+LOGGER = logging.getLogger("mlt.report")
+
+
+class LogConfig(Config):
+    """What is logged and where to.
+
+    Attributes:
+        every_steps: interval of the training metrics; the first and the last step are always logged.
+        wandb: also log to Weights & Biases; None does not import it.
+    """
+
+    every_steps: int = 10
+    wandb: WandbConfig | None = None
+
+    def problems(self) -> Iterator[Problem]:
+        if self.every_steps < 1:
+            yield Problem("every_steps", self.every_steps, "must be at least 1")
+
+
+class MetricSink(Protocol):
+    """One place that metrics go to. It may raise: `MetricSinks` answers for that."""
+
+    def start(self, step: int, facts: Mapping[str, Any]) -> None:
+        """Note that a process starts or resumes after `step`, and what it runs on."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of one step."""
+
+    def close(self) -> None:
+        """Write out what is held back."""
+
+
+class JsonLinesSink:
+    """One JSON object a line: {"step": 10, "time": 1.7e9, "train/loss": 3.2, ...}; written out line by line.
+
+    A start is a row with "kind": "start" and its facts. JSON has no NaN and no infinity: such a value is null, and the
+    row says which it was: "nonfinite": {"train/loss": "nan"}.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Append to a file, after the last whole line of it."""
+        self.path = path
+        self._file: IO[str] | None = None
+        self._torn = path.exists() and not _ends_with_newline(path)
+
+    def start(self, step: int, facts: Mapping[str, Any]) -> None:
+        self._append({"kind": "start", "step": step, "time": time.time(), **facts})
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        row: dict[str, Any] = {"step": step, "time": time.time()}
+        nonfinite = {}
+        for name, value in metrics.items():
+            number = value if isinstance(value, int) else float(value)
+            row[name] = number if math.isfinite(number) else None
+            if row[name] is None:
+                nonfinite[name] = str(number)
+        self._append(row | ({"nonfinite": nonfinite} if nonfinite else {}))
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the rows of later steps, and torn ones; see `truncate_rows`."""
+        self.close()
+        truncate_rows(self.path, step)
+        self._torn = False
+
+    def close(self) -> None:
+        if self._file is not None:
+            file, self._file = self._file, None
+            file.close()
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        line = json.dumps(row, allow_nan=False) + "\n"
+        if self._file is None:
+            self._file = self.path.open("a", buffering=1)
+        if self._torn:  # a crash or a full disk cut the last line off: it must not swallow this one
+            line = "\n" + line
+        self._torn = True
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError:
+            self._file = None  # with what it holds back, which would be written twice
+            raise
+        self._torn = False
+
+
+class MetricSinks:
+    """All sinks of a run as one. The first failure of each is reported, the training goes on."""
+
+    def __init__(self, sinks: Sequence[MetricSink], first_step: int = 0) -> None:
+        """Take sinks; `first_step` is the step that this process starts or resumes after."""
+        self._sinks = tuple(sinks)
+        self._first_step = first_step
+        self._failed: set[int] = set()
+
+    def start(self, facts: Mapping[str, Any]) -> None:
+        """Note that a process starts or resumes here, and what it runs on."""
+        self._each(lambda sink: sink.start(self._first_step, facts))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Give the metrics of one step to every sink."""
+        self._each(lambda sink: sink.log(step, metrics))
+
+    def close(self) -> None:
+        """Close every sink."""
+        self._each(lambda sink: sink.close())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _each(self, call: Callable[[MetricSink], None]) -> None:
+        for index, sink in enumerate(self._sinks):
+            try:
+                call(sink)
+            except Exception as error:
+                if index not in self._failed:
+                    self._failed.add(index)
+                    LOGGER.warning(
+                        "%s: %s: %s; training goes on, rows may be missing there",
+                        type(sink).__name__,
+                        type(error).__name__,
+                        error,
+                    )
+
+
+def open_sinks(config: LogConfig, paths: RunPaths, first_step: int) -> MetricSinks:
+    """Open the sinks of a run that starts or resumes after `first_step`; what the files hold of later steps is dropped.
+
+    In a run of several processes only the first has any.
+    """
+    if jax.process_index() != 0:
+        return MetricSinks([], first_step)
+    sinks: list[MetricSink] = []
+    try:
+        rows = JsonLinesSink(paths.metrics_path)
+        sinks.append(rows)
+        rows.truncate_after(first_step)
+        truncate_rows(paths.samples_path, first_step)
+    except OSError as error:
+        LOGGER.warning("cannot cut %s back to step %d: %s", paths.metrics_path, first_step, error.strerror)
+    if config.wandb is not None:
+        try:
+            sinks.append(WandbSink(config.wandb, paths))
+        except Exception as error:
+            LOGGER.warning("wandb is not used: %s: %s; training goes on", type(error).__name__, error)
+    return MetricSinks(sinks, first_step)
+
+
+def truncate_rows(path: Path, step: int) -> None:
+    """Drop the rows of steps after `step` from a JSON Lines file, and lines that are no rows, such as a torn last one.
+
+    The file is replaced whole; where there is nothing to drop, or no file, nothing is written.
+
+    Raises:
+      OSError: it cannot be read or replaced.
+    """
+    if not path.exists() or all(_keeps(line, step) for line in _lines(path)):
+        return
+    with replacing(path) as file:
+        file.writelines(line for line in _lines(path) if _keeps(line, step))
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        yield from file
+
+
+def _keeps(line: bytes, step: int) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        if file.seek(0, 2) == 0:
+            return True
+        file.seek(-1, 2)
+        return file.read(1) == b"\n"

@@ -1,0 +1,52 @@
+"""The files of a run directory, and how to write one whole."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+
+class RunPaths:
+    """Where a run keeps what. Touches nothing.
+
+    config.yaml     the resolved config             metrics.jsonl   one row of metrics a line
+    plan.txt        the printed plan                samples.jsonl   texts drawn on the way
+    checkpoints/    <step>/{state,data,meta}        report.html     the page made of all of these
+    logs/           of launchers and profilers      run.lock        held by the process that trains here
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_path = self.path / "config.yaml"
+        self.plan_path = self.path / "plan.txt"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.samples_path = self.path / "samples.jsonl"
+        self.checkpoints_path = self.path / "checkpoints"
+        self.report_path = self.path / "report.html"
+        self.logs_path = self.path / "logs"
+        self.lock_path = self.path / "run.lock"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that takes the place of `path` when the block ends well; a crash leaves the old one or the new one.
+
+    Raises:
+      OSError: it cannot be written; `path` is untouched then.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all, see `replacing`."""
+    with replacing(path) as file:
+        file.write(text.encode())

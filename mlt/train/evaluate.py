@@ -1,0 +1,54 @@
+"""Held-out loss and bits per byte."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from mlt.data.loader import validation_batches
+from mlt.model.lm import LM
+from mlt.train.setup import Setup
+from mlt.train.step import eval_step
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalResult:
+    """Attributes:
+    loss: mean nats per target token.
+    bits_per_byte: total bits over the bytes of text that the targets stand for.
+    tokens: targets counted.
+    """
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+
+    def metrics(self) -> dict[str, float]:
+        return {"eval/loss": self.loss, "eval/bits_per_byte": self.bits_per_byte, "eval/tokens": self.tokens}
+
+
+class Evaluator:
+    """Runs the held-out rows through one compiled program of fixed shape; keeps sums, never means of means."""
+
+    def __init__(self, setup: Setup):
+        config = setup.config
+        self.sharding = setup.rules.sharding(("batch", "seq"))
+        self.batches = list(validation_batches(config.data, setup.corpus, max_rows=config.evaluation.max_rows))
+        token_bytes = setup.corpus.tokenizer.token_bytes()
+        counted = [token_bytes[batch["targets"]] * (batch["weights"] > 0) for batch in self.batches]
+        self.num_bytes = int(sum(part.sum() for part in counted))
+        self.step = jax.jit(functools.partial(eval_step, options=setup.options))
+
+    def compile(self, model: Any) -> None:
+        """Compile for an abstract or real model, so that the first evaluation does not wait."""
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding), self.batches[0])
+        self.step = self.step.lower(model, batch).compile()
+
+    def __call__(self, model: LM) -> EvalResult:
+        sums = [self.step(model, jax.device_put(batch, self.sharding)) for batch in self.batches]
+        nats = float(np.sum([np.asarray(s["nats"], np.float64) for s in sums]))
+        weight = float(np.sum([np.asarray(s["weight"], np.float64) for s in sums]))
+        return EvalResult(nats / weight, nats / math.log(2) / max(self.num_bytes, 1), int(weight))

@@ -1,0 +1,239 @@
+"""The training loop: feed, step, log, evaluate, save; resume what the run directory holds."""
+
+import collections
+import concurrent.futures
+import functools
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mlt.checkpoint.restore import Restored
+from mlt.checkpoint.save import Checkpointer
+from mlt.config.check import check_run
+from mlt.config.dump import config_hash, diff, from_yaml, to_yaml
+from mlt.config.run import RunConfig
+from mlt.data.loader import Loader, open_loader
+from mlt.errors import Preempted, UserError
+from mlt.parallel.rules import Rules
+from mlt.plan.text import plan_text
+from mlt.report.console import RunConsole
+from mlt.report.page import write_report
+from mlt.report.sinks import open_sinks
+from mlt.train.clock import Clock
+from mlt.train.evaluate import Evaluator
+from mlt.train.run_directory import RunDirectory
+from mlt.train.sample import draw_text
+from mlt.train.setup import Setup, prepare
+from mlt.train.signals import StopRequest
+from mlt.train.state import TrainState, abstract_state, create_state
+from mlt.train.step import train_step
+
+STEPS_IN_FLIGHT = 2
+
+
+def train(config: RunConfig, run_dir: Path) -> None:
+    """Start a run, or resume what `run_dir` holds.
+
+    Raises:
+        UserError: the config, data, mesh or directory is wrong; nothing has been written then.
+        Preempted: a signal asked to stop; the state is saved.
+    """
+    check_run(config)
+    config.data.check_files()
+    rules = Rules(config.mesh.build())
+    directory = RunDirectory(run_dir)
+    with StopRequest() as stop, directory.lock():
+        directory.check_config(to_yaml(config), lambda old, new: diff(from_yaml(old), from_yaml(new)))
+        console = RunConsole(config.train.steps)
+        setup = prepare(config, rules)
+        console.say(setup.corpus.describe())
+        Loop(setup, directory, console, stop).run()
+
+
+class Loop:
+    """One process's part in a run."""
+
+    def __init__(self, setup: Setup, directory: RunDirectory, console: RunConsole, stop: StopRequest):
+        self.setup, self.config = setup, setup.config
+        self.directory, self.console, self.stop = directory, console, stop
+        self.sharding = setup.rules.sharding(("batch", "seq"))
+        self.evaluator = Evaluator(setup)
+
+    def run(self) -> None:
+        abstract = abstract_state(self.setup.specs, self.setup.optimizer, self.setup.rules)
+        plan = plan_text(self.config, self.setup.specs)
+        self.directory.write_config(to_yaml(self.config))
+        self.directory.plan_path.write_text(plan)
+        self.console.say(plan)
+        with Checkpointer(self.directory.checkpoints_path, keep=self.config.checkpoint.keep) as checkpointer:
+            self.checkpointer = checkpointer
+            self._train(self._restore(abstract), abstract)
+
+    def _train(self, restored: Restored | None, abstract: TrainState) -> None:
+        steps = self.config.train.steps
+        first = 0 if restored is None else restored.step
+        if restored is not None and first == steps:
+            self.console.say(f"this run is complete: {steps} steps")
+            self._finish(restored.state)
+            return
+        with concurrent.futures.ThreadPoolExecutor(2) as pool, open_sinks(self.config.log, self.directory, first) as sinks:
+            self.sinks = sinks
+            sinks.start(self._facts(first))
+            evaluating = pool.submit(self.evaluator.compile, abstract.model)
+            step_fn = self._compile(abstract)
+            if restored is None:
+                state = create_state(self.setup.specs, self.setup.optimizer, self.setup.rules, self.config.train.seed)
+                loader = open_loader(self.config.data, self.setup.corpus)
+            else:
+                state = restored.state
+                loader = open_loader(self.config.data, self.setup.corpus, state=restored.data)
+            evaluating.result()
+            self._finish(self._steps(step_fn, state, first, loader))
+
+    def _steps(self, step_fn: Any, state: TrainState, first: int, loader: Loader) -> TrainState:
+        config, steps = self.config, self.config.train.steps
+        clock = Clock(self.setup.tokens_per_step)
+        in_flight: collections.deque[Any] = collections.deque()
+        pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.console.start(first)
+        clock.reset(first)
+        try:
+            for step in range(first + 1, steps + 1):
+                batch = next(loader)
+                clock.waited(loader.last_wait_seconds)
+                state, metrics = step_fn(state, jax.device_put(batch, self.sharding))
+                # The device works on this step while the host logs the one before.
+                if pending is not None:
+                    self._log(*pending, clock)
+                    pending = None
+                in_flight.append(metrics)
+                if len(in_flight) > STEPS_IN_FLIGHT:
+                    jax.block_until_ready(in_flight.popleft())
+                if step % config.log.every_steps == 0 or step in (1, steps):
+                    pending = (step, metrics)
+                pausing = step % config.evaluation.every_steps == 0 or step == steps
+                saving = step % config.checkpoint.every_steps == 0 or step == steps or self.stop.name is not None
+                if (pausing or saving) and pending is not None:
+                    self._log(*pending, clock)
+                    pending = None
+                # Evaluated before it is saved: a kill in between repeats both, one after it loses neither.
+                if pausing:
+                    self._evaluate(step, state)
+                if saving:
+                    self._save(step, state, loader.state())
+                if self.stop.name is not None and step < steps:
+                    self._leave(step)
+                if pausing or saving:
+                    clock.reset(step)
+        finally:
+            self.console.stop()
+            loader.close()
+        return state
+
+    def _compile(self, abstract: TrainState) -> Any:
+        """The compiled step. It takes exactly these shapes: a recompile is an error, not a delay."""
+        started = time.perf_counter()
+        shape = (self.config.data.batch_size, self.config.data.sequence_length)
+        types = {"tokens": np.int32, "targets": np.int32, "weights": np.float32, "segment_ids": np.int32, "positions": np.int32}
+        batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=self.sharding) for name, kind in types.items()}
+        step = functools.partial(train_step, optimizer=self.setup.optimizer, options=self.setup.options)
+        compiled = jax.jit(step, donate_argnums=0).lower(abstract, batch).compile()
+        self.console.say(f"compiled the step in {time.perf_counter() - started:.1f} s")
+        return compiled
+
+    def _restore(self, abstract: TrainState) -> Restored | None:
+        """The newest whole checkpoint, if there is one."""
+        restored = self.checkpointer.restore_latest(abstract)
+        if restored is None:
+            return None
+        digest, saved = config_hash(self.config), restored.meta["config_hash"]
+        if saved != digest:
+            raise UserError(f"{self.directory.checkpoints_path} was saved by config {saved}, this one is {digest}")
+        self.console.say(f"resuming after step {restored.step} from {self.directory.checkpoints_path}")
+        return restored
+
+    def _save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
+        meta = {
+            "config_hash": config_hash(self.config),
+            "tokens": step * self.setup.tokens_per_step,
+            "mesh": self.config.mesh.shape(),
+            "versions": {"jax": jax.__version__},
+        }
+        self.checkpointer.save(step, state, data=data, meta=meta)
+
+    def _log(self, step: int, metrics: dict[str, jax.Array], clock: Clock) -> None:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values |= clock.read(step)
+        values["train/tokens"] = step * self.setup.tokens_per_step
+        values["train/learning_rate"] = float(self._schedule(step - 1))
+        self.sinks.log(step, values)
+        self.console.logged(step, values, values["train/loss"] / math.log(2) * self.setup.tokens_per_byte)
+        if not math.isfinite(values["train/loss"]):
+            raise FloatingPointError(
+                f"the loss is {values['train/loss']} at step {step}; checkpoints in {self.directory.checkpoints_path} are from "
+                "before. Lower optimizer.learning_rate, or set train.clip_norm"
+            )
+
+    @functools.cached_property
+    def _schedule(self) -> Any:
+        return self.config.schedule.build(self.config.optimizer.learning_rate, self.config.train.steps)
+
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        result = self.evaluator(state.model)
+        self.sinks.log(step, result.metrics())
+        self.console.say(
+            f"step {step}: held-out loss {result.loss:.3f}, {result.bits_per_byte:.3f} bits per byte "
+            f"({result.tokens:,} tokens, {self.evaluator.num_bytes:,} bytes)"
+        )
+        if self.config.sample.at_evaluations and step < self.config.train.steps:
+            self._sample(step, state)
+
+    def _sample(self, step: int, state: TrainState) -> None:
+        sample = self.config.sample
+        if sample.tokens == 0 or step in self._sampled_steps():
+            return
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), step)
+        options = {"tokens": sample.tokens, "temperature": sample.temperature, "key": key}
+        text = draw_text(self.config, state.model, self.setup.rules, sample.prompt, **options)
+        with self.directory.samples_path.open("a") as file:
+            file.write(json.dumps({"step": step, "prompt": sample.prompt, "text": text}) + "\n")
+        self.console.say(f"--- sample after {step} steps ---\n{sample.prompt}{text}\n---")
+
+    def _sampled_steps(self) -> set[int]:
+        path = self.directory.samples_path
+        return {json.loads(line)["step"] for line in path.read_text().splitlines()} if path.exists() else set()
+
+    def _leave(self, step: int) -> None:
+        self.checkpointer.wait()
+        raise Preempted(f"{self.stop.name}: saved step {step} in {self.directory.checkpoints_path}; the same command resumes")
+
+    def _finish(self, state: TrainState) -> None:
+        self._sample(self.config.train.steps, state)
+        self.checkpointer.wait()
+        report = write_report(self.directory.path)
+        run = self.directory.path
+        self.console.say(
+            f"checkpoints: {self.directory.checkpoints_path}\nreport: {report}\nnext:\n"
+            f'  mlt generate {run} --prompt "import "    more text\n'
+            f"  mlt verify {run}    isolation, causality, decoding and gradients of this model\n"
+            f"  mlt export {run} --to {run}/export    weights, config and tokenizer\n"
+        )
+
+    def _facts(self, first: int) -> dict[str, Any]:
+        """What the report says about where and from what a run started."""
+        device = jax.devices()[0]
+        return {
+            "first_step": first,
+            "steps": self.config.train.steps,
+            "config_hash": config_hash(self.config),
+            "corpus": self.setup.corpus.hash,
+            "corpus_bytes": self.setup.corpus.bytes_read,
+            "jax": jax.__version__,
+            "device": device.device_kind,
+            "num_devices": jax.device_count(),
+        }

@@ -1,0 +1,56 @@
+"""The train state: everything a step reads and writes, and where it lies on the mesh."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mlt.model.lm import LM
+from mlt.nn.param import initialize, partition
+from mlt.optim.base import state_shardings
+from mlt.parallel.rules import Rules
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Attributes:
+    step: int32, optimizer steps done.
+    model: parameters (float32) and buffers.
+    optimizer: optax state.
+    key: the run's random key data (uint32), from which every later draw is folded.
+    """
+
+    step: jax.Array
+    model: LM
+    optimizer: Any
+    key: jax.Array
+
+
+def abstract_state(specs: LM, optimizer: optax.GradientTransformation, rules: Rules) -> TrainState:
+    """Shapes, types and shardings of the state; nothing is allocated."""
+    everywhere = NamedSharding(rules.mesh, PartitionSpec())
+    model = jax.tree.map(lambda spec, where: spec.abstract(where), specs, rules.param_shardings(specs))
+    shapes = jax.eval_shape(optimizer.init, partition(model)[0])
+    places = state_shardings(shapes, partition(specs)[0], rules)
+    slots = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, places)
+    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    return TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
+        model=model,
+        optimizer=slots,
+        key=jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere),
+    )
+
+
+def create_state(specs: LM, optimizer: optax.GradientTransformation, rules: Rules, seed: int) -> TrainState:
+    """A fresh state, each device making its own part."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(specs, optimizer, rules))
+    model = initialize(specs, seed, shardings.model)
+    slots = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(partition(model)[0])
+    step = jax.device_put(np.zeros((), np.int32), shardings.step)
+    return TrainState(step, model, slots, jax.device_put(jax.random.key_data(jax.random.key(seed)), shardings.key))

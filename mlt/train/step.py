@@ -1,0 +1,119 @@
+"""The train step and the evaluation step: pure functions of (state, batch)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mlt.loss import Batch, reduce_aux, token_losses
+from mlt.model.lm import LM
+from mlt.model.remat import Remat
+from mlt.nn.param import merge, partition
+from mlt.parallel.rules import Rules
+from mlt.train.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """What a step needs beside its arrays.
+
+    Attributes:
+        rules: layout.
+        remat: memory policy.
+        dtype: compute type; parameters stay float32.
+        grad_accumulation: micro-batches per step.
+        clip_norm: global gradient norm above which gradients are scaled down; None never clips.
+        z_loss: weight of the squared log-partition.
+    """
+
+    rules: Rules
+    remat: Remat
+    dtype: jnp.dtype
+    grad_accumulation: int = 1
+    clip_norm: float | None = 1.0
+    z_loss: float = 0.0
+
+
+def train_step(
+    state: TrainState, batch: Batch, *, optimizer: optax.GradientTransformation, options: StepOptions
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer update on a global batch; (new state, float32 scalars to log).
+
+    The loss is the weighted sum over the batch's tokens divided by the batch's total weight, however the batch is
+    split into micro-batches, so ragged micro-batches do not bias it.
+    """
+    trained, buffers = partition(state.model)
+    total_weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+
+    def objective(trained: LM, micro: Batch) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        losses, aux = token_losses(
+            merge(trained, buffers),
+            micro,
+            options.rules,
+            dtype=options.dtype,
+            remat=options.remat,
+            z_loss=options.z_loss,
+            train=True,
+        )
+        loss = jnp.sum(losses) / total_weight
+        extra, _ = reduce_aux(aux)
+        return loss + extra / options.grad_accumulation, (loss, aux)
+
+    gradient = jax.value_and_grad(objective, has_aux=True)
+    if options.grad_accumulation == 1:
+        (_, (loss, aux)), grads = gradient(trained, batch)
+    else:
+        loss, aux, grads = _accumulate(gradient, trained, batch, options)
+
+    norm = optax.global_norm(grads)
+    if options.clip_norm is not None:
+        scale = jnp.minimum(1.0, options.clip_norm / (norm + 1e-6))
+        grads = jax.tree.map(lambda g: g * scale, grads)
+    updates, opt_state = optimizer.update(grads, state.optimizer, trained)
+    model = merge(optax.apply_updates(trained, updates), buffers).updated(aux)
+    metrics = {"train/loss": loss, "train/grad_norm": norm, "train/weight": jnp.sum(batch["weights"])}
+    metrics |= {f"aux/{name.split('/', 1)[1]}": value for name, value in reduce_aux(aux)[1].items()}
+    return TrainState(state.step + 1, model, opt_state, state.key), metrics
+
+
+def _accumulate(gradient, trained, batch, options):
+    """Sum losses, aux and gradients over micro-batches in one scan."""
+    count = options.grad_accumulation
+
+    def split(x: jax.Array) -> jax.Array:
+        # Every micro-batch takes rows from every batch shard: no row moves between devices.
+        parts = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+        return options.rules.constrain(parts, (None, "batch", "seq"))
+
+    def body(total: Any, micro: Batch) -> tuple[Any, None]:
+        (_, (loss, aux)), grads = gradient(trained, micro)
+        return jax.tree.map(jnp.add, total, (loss, aux, grads)), None
+
+    micro_batches = jax.tree.map(split, batch)
+    one = jax.tree.map(lambda x: x[0], micro_batches)
+    shapes = jax.eval_shape(lambda m: _reorder(gradient(trained, m)), one)
+    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    (loss, aux, grads), _ = jax.lax.scan(body, start, micro_batches)
+    return loss, _average_metrics(aux, count), grads
+
+
+def _reorder(result):
+    (_, (loss, aux)), grads = result
+    return loss, aux, grads
+
+
+def _average_metrics(aux, count):
+    """Counts stay sums over the step; losses and metrics become means."""
+
+    def scale(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return leaf if path[-1].key.startswith("count/") else leaf / count
+
+    return jax.tree_util.tree_map_with_path(scale, aux)
+
+
+def eval_step(model: LM, batch: Batch, *, options: StepOptions) -> dict[str, jax.Array]:
+    """Sums over a batch: `nats` of weighted loss and `weight` of tokens. Sums add up across batches; means do not."""
+    losses, _ = token_losses(model, batch, options.rules, dtype=options.dtype, remat=options.remat)
+    return {"nats": jnp.sum(losses), "weight": jnp.sum(batch["weights"])}

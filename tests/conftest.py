@@ -1,0 +1,7 @@
+"""Eight simulated devices for every test, set up before jax is imported."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["WANDB_MODE"] = "offline"
