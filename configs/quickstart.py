@@ -32,13 +32,9 @@ def config(width: int = 128, steps: int = 200, sequence_length: int = 512, batch
     experts = MoE(num_experts=8, num_experts_per_token=2, num_shared_experts=1, d_ff=width // 2, balance_loss=0.0)
     memory = ProductKeyMemory(num_keys=32, num_selected=8, num_heads=2, key_dim=64)
     stack = Stack(
-        head=(Block(mixers=(engram, delta, SwiGLU(d_ff=2 * width))),),
-        period=(
-            Block(mixers=(ssd, experts)),
-            Block(mixers=(attention, SwiGLU(d_ff=2 * width))),
-        ),
-        repeats=1,
-        tail=(Block(mixers=(delta, memory)),),
+        head=(Block(mixers=(engram, ssd, SwiGLU(d_ff=2 * width))),),
+        period=(Block(mixers=(delta, experts)), Block(mixers=(attention, memory))),
+        repeats=2,
     )
     return RunConfig(
         model=LMConfig(d_model=width, vocab_size=272, stack=stack),

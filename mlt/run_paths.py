@@ -1,6 +1,7 @@
 """The files of a run directory, and how to write one whole."""
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import IO
 
 
 class RunPaths:
-    """Where a run keeps what. Touches nothing.
+    """Where a run keeps what. Creates nothing.
 
     config.yaml     the resolved config             metrics.jsonl   one row of metrics a line
     plan.txt        the printed plan                samples.jsonl   texts drawn on the way
@@ -26,6 +27,17 @@ class RunPaths:
         self.report_path = self.path / "report.html"
         self.logs_path = self.path / "logs"
         self.lock_path = self.path / "run.lock"
+
+    def in_use(self) -> bool:
+        """Tell whether a process trains here now, as far as the file system knows."""
+        try:
+            with self.lock_path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
 
 
 @contextlib.contextmanager

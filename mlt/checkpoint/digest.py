@@ -35,15 +35,17 @@ def digests(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
     Raises:
       TypeError: an array has elements that are not whole bytes.
     """
-    host = {path: _host_part(x) for path, x in arrays.items() if _in_host_memory(x)}
-    device = {path: _device_digest(x) for path, x in arrays.items() if path not in host}
-    if host and jax.process_count() > 1:
-        parts = multihost_utils.process_allgather(np.array(list(host.values()), np.uint32))
-        host = dict(zip(host, np.sum(parts, axis=0, dtype=np.uint32), strict=True))
-    return {path: f"{int(host.get(path, device.get(path))):08x}" for path in arrays}
+    found: dict[str, Any] = {path: _device_digest(x) for path, x in arrays.items() if not in_host_memory(x)}
+    parts = {path: _host_part(x) for path, x in arrays.items() if path not in found}
+    if parts and jax.process_count() > 1:
+        gathered = np.asarray(multihost_utils.process_allgather(np.array(list(parts.values()), np.uint32)))
+        parts = {path: np.sum(gathered[:, index], dtype=np.uint32) for index, path in enumerate(parts)}
+    found |= parts
+    return {path: f"{int(found[path]):08x}" for path in arrays}
 
 
-def _in_host_memory(array: jax.Array) -> bool:
+def in_host_memory(array: jax.Array) -> bool:
+    """Tell whether an array lies where numpy can see it without a transfer."""
     device = next(iter(array.sharding.device_set))
     return device.platform == "cpu" or array.sharding.memory_kind in ("pinned_host", "unpinned_host")
 

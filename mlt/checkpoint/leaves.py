@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 _SHOWN = 20  # lines of a difference that are printed
@@ -31,7 +32,7 @@ class Leaf(NamedTuple):
 
 def is_key(array: Any) -> bool:
     """Tell whether an array or a ShapeDtypeStruct holds typed PRNG keys."""
-    return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
 
 
 def flatten(tree: Any, *, prefix: str = "") -> dict[str, Any]:
@@ -95,4 +96,4 @@ def difference(saved: Mapping[str, Leaf], wanted: Mapping[str, Leaf]) -> str:
 
 
 def _dtype_name(dtype: Any) -> str:
-    return str(dtype) if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).name
+    return str(dtype) if jnp.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).name

@@ -147,6 +147,7 @@ def _check_fit(path: Path, saved: dict[str, Leaf], wanted: dict[str, Any]) -> No
 def _read_arrays(path: Path, plain: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Read arrays as they are stored; involves no other process."""
     silence_orbax()
+    ignore_abandoned_reads()
     stored = {name: leaf for name, leaf in plain.items() if leaf.size}
     options = {
         name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
@@ -159,7 +160,6 @@ def _read_arrays(path: Path, plain: dict[str, jax.ShapeDtypeStruct]) -> dict[str
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # the machine's trouble, not the checkpoint's
     except Exception as error:
-        ignore_abandoned_reads()
         raise CheckpointError(f"checkpoint {path} is damaged: {reason_of(error)}") from error
     finally:
         handler.close()

@@ -10,7 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from mlt.checkpoint.digest import digests
+from mlt.checkpoint.digest import digests, in_host_memory
 from mlt.checkpoint.layout import (
     LOGGER,
     CheckpointError,
@@ -68,9 +68,9 @@ class Checkpointer:
           TypeError: a leaf is not a jax array, or `data` or `meta` is not JSON.
         """
         self.wait()
-        keys_as_bits = {path: jax.random.key_data(x) if is_key(x) else x for path, x in flatten(state).items()}
-        arrays = {path: _own(x) for path, x in keys_as_bits.items()}
-        leaves = table(flatten(state), digests(arrays))
+        flat = flatten(state)
+        arrays = {path: _own(jax.random.key_data(x) if is_key(x) else x) for path, x in flat.items()}
+        leaves = table(flat, digests(arrays))
         meta_item, data_item = encode(meta, data, leaves)
         if self._already_saved(step, leaves):
             return False
@@ -177,9 +177,8 @@ class Checkpointer:
             silence_orbax()
             self._set_aside([int(path.name) for path in unfinished(self.directory) if path.name.isdigit()])
             policies = ocp.checkpoint_managers.preservation_policy
-            kept = [policies.LatestN(self._keep)]
-            if self._keep_every_steps:
-                kept.append(policies.EveryNSteps(self._keep_every_steps))
+            every = [policies.EveryNSteps(self._keep_every_steps)] if self._keep_every_steps else []
+            kept = [policies.LatestN(self._keep), *every]
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=True
             )
@@ -194,20 +193,19 @@ class Checkpointer:
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:
-            step, manager = self._writing, self._manager
-            self._writing, self._manager = None, None
+            where = self.directory if self._writing is None else step_path(self.directory, self._writing)
+            manager, self._manager, self._writing = self._manager, None, None
             if manager is not None:
                 with contextlib.suppress(Exception):
                     manager.close()
             raise CheckpointError(
-                f"could not write checkpoint {step_path(self.directory, step)}: {reason_of(error)}. Committed steps are "
+                f"could not write checkpoint {where}: {reason_of(error)}. Committed steps are "
                 "untouched; free space on the disk or make it writable, and the next save starts afresh"
             ) from error
 
 
 def _own(array: jax.Array) -> jax.Array:
     """Copy what already is in host memory: it would be written from the very buffer the next step is given."""
-    device = next(iter(array.sharding.device_set))
-    if device.platform == "cpu" or array.sharding.memory_kind == "pinned_host":
+    if in_host_memory(array):
         return jax.device_put(array, array.sharding, may_alias=False)
     return array

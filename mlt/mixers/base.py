@@ -162,6 +162,11 @@ class ChannelMixerConfig(MixerConfig):
         return 0
 
 
+def shared_axis(count: int) -> str | None:
+    """Logical axis of key and value heads or groups; a single one is shared by all tensor shards."""
+    return "kv_heads" if count > 1 else None
+
+
 def resume_segment(state_segment_B: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
     """(B,) bool: whether the first new token goes on with the document that the decoding state stopped in."""
     return state_segment_B == segment_ids_BT[:, 0]

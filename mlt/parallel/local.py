@@ -7,6 +7,7 @@ or invent collectives around it; here each argument's layout is named by role, a
 from collections.abc import Callable
 
 import jax
+from jax.sharding import PartitionSpec
 
 from mlt.parallel.rules import Rules
 
@@ -35,7 +36,7 @@ def local(fn: Callable[..., jax.Array], rules: Rules, inputs: tuple[str, ...], o
 
     def run(*args: jax.Array | None) -> jax.Array:
         present = [i for i, arg in enumerate(args) if arg is not None]
-        specs = tuple(rules.spec(ROLES[inputs[i]][: args[i].ndim]) for i in present)
+        specs = tuple(_spec(rules, inputs[i], args[i]) for i in present)
 
         def body(*parts: jax.Array) -> jax.Array:
             full: list[jax.Array | None] = [None] * len(args)
@@ -43,7 +44,17 @@ def local(fn: Callable[..., jax.Array], rules: Rules, inputs: tuple[str, ...], o
                 full[i] = part
             return fn(*full)
 
-        mapped = jax.shard_map(body, mesh=rules.mesh, in_specs=specs, out_specs=rules.spec(ROLES[output]))
+        # Kernels know no mesh, so their constants are not marked as varying over it: that check must be off. Without it
+        # the cotangent of an input is summed over the axes its layout leaves out, which is right as long as the output's
+        # layout names every axis of more than one device.
+        out = rules.spec(ROLES[output])
+        mapped = jax.shard_map(body, mesh=rules.mesh, in_specs=specs, out_specs=out, check_vma=False)
         return mapped(*(args[i] for i in present))
 
     return run
+
+
+def _spec(rules: Rules, role: str, arg: jax.Array) -> PartitionSpec:
+    """The argument's layout; a dim of one (a single key head) is shared, not split."""
+    axes = ROLES[role][: arg.ndim]
+    return rules.spec(tuple(axis if size > 1 else None for axis, size in zip(axes, arg.shape, strict=True)))

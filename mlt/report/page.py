@@ -8,17 +8,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from mlt.checkpoint.layout import CheckpointError, committed_steps, read_meta, step_path
 from mlt.errors import UserError
 from mlt.report.history import History, Series, families, read_history, read_rows, wait_share
-from mlt.report.plots import Line, Plot, draw
+from mlt.report.plots import SMOOTH_FROM, Line, Plot, draw
 from mlt.report.text import amount, byte_size, duration, moment, number, printable
 from mlt.run_paths import RunPaths, write_whole
 
 _SMALL_PLOTS = 60
-_RUNNING_SECONDS = 180  # a run whose last row is younger is taken to be running
 _LOSS_INCHES, _SMALL_INCHES = (9.75, 6.3), (3.15, 1.9)
 _MAIN_METRICS = (
     *("train/loss", "train/learning_rate", "train/grad_norm", "train/tokens"),
@@ -76,7 +76,7 @@ def _page(paths: RunPaths) -> str:
 
 def _header(name: str, paths: RunPaths, history: History, total: int | None) -> str:
     done = max(history.last_step(), *committed_steps(paths.checkpoints_path), 0)
-    label, tone = _status(history, done, total)
+    label, tone = _status(done, total, paths.in_use())
     share = f'<div class="bar"><i style="width:{100 * min(done / total, 1):.1f}%"></i></div>' if total else ""
     started = f"started {moment(history.starts[0]['time'])}" if history.starts and "time" in history.starts[0] else ""
     machine = history.fact("device")
@@ -88,10 +88,10 @@ def _header(name: str, paths: RunPaths, history: History, total: int | None) -> 
     )
 
 
-def _status(history: History, done: int, total: int | None) -> tuple[str, str]:
+def _status(done: int, total: int | None, in_use: bool) -> tuple[str, str]:
     if total is not None and done >= total:
         return "complete", "good"
-    if time.time() - history.last_time < _RUNNING_SECONDS:
+    if in_use:
         return "running", "wait"
     return (f"stopped at step {done:,}", "bad") if done else ("no step yet", "bad")
 
@@ -107,8 +107,8 @@ def _tiles(history: History, done: int, total: int | None) -> str:
         ("train loss", *_final(history.get("train/loss"))),
         ("eval loss", *_final(history.get("eval/loss"))),
         ("bits per byte", *_final(history.get("eval/bits_per_byte"))),
-        ("tokens/s", amount(_median(speed)), "median"),
-        ("MFU", f"{100 * _median(mfu):.1f} %" if len(mfu) else None, "median"),
+        ("tokens/s", amount(float(np.median(speed.values))) if len(speed) else None, "median"),
+        ("MFU", f"{100 * np.median(mfu.values):.1f} %" if len(mfu) else None, "median"),
         ("peak memory", byte_size(memory.values.max()) if len(memory) else None, "per device"),
     ]
     shown = (
@@ -124,28 +124,21 @@ def _final(series: Series) -> tuple[str | None, str]:
     if not len(finite):
         return None, ""
     best = finite.values.min()
-    return number(finite.values[-1]), "the lowest so far" if finite.values[-1] <= best else f"lowest {number(best)}"
-
-
-def _median(series: Series) -> float | None:
-    if not len(series):
-        return None
-    ordered = sorted(series.values)
-    return float(ordered[len(ordered) // 2])
+    return number(finite.values[-1]), "lowest" if finite.values[-1] <= best else f"lowest {number(best)}"
 
 
 def _warnings(history: History) -> str:
     parts = []
-    for name, series in history.series.items():
-        bad = series.steps[~_finite(series)]
-        if len(bad):
-            steps = f"step {bad[0]:,.0f}" if len(bad) == 1 else f"{len(bad)} steps, first at {bad[0]:,.0f}"
-            parts.append(f"<b>{html.escape(name)}</b> is not finite at {steps}")
+    for name, bad in _not_finite(history).items():
+        steps = f"step {bad[0]:,.0f}" if len(bad) == 1 else f"{len(bad)} steps, first at {bad[0]:,.0f}"
+        parts.append(f"<b>{html.escape(name)}</b> is not finite at {steps}")
     return f'<p class="warning" role="alert">{"; ".join(parts)}.</p>' if parts else ""
 
 
-def _finite(series: Series) -> Any:
-    return series.values - series.values == 0
+def _not_finite(history: History) -> dict[str, np.ndarray]:
+    """Metric -> steps at which it was NaN or infinite."""
+    bad = {name: series.steps[~np.isfinite(series.values)] for name, series in history.series.items()}
+    return {name: steps for name, steps in bad.items() if len(steps)}
 
 
 def _curves(history: History) -> str:
@@ -168,11 +161,15 @@ def _curves(history: History) -> str:
             '<section><h2>Curves</h2><p class="card">No metrics yet: the run ended, or was looked at, before its first '
             "logged step.</p></section>"
         )
-    marks = " Dotted lines: the run was resumed." if resumes else ""
-    return (
-        f'<section><h2>Curves</h2><div class="plots">{"".join(drawn)}</div><p class="note">Faint: as logged. Bold: moving '
-        f"average. Crosses: values that were not finite.{marks}</p></section>"
-    )
+    notes = []
+    if any(len(line.series) >= SMOOTH_FROM for plot in plots for line in plot.lines):
+        notes.append("Faint: as logged. Bold: moving average.")
+    if _not_finite(history):
+        notes.append("Crosses: values that were not finite.")
+    if resumes:
+        notes.append("Dotted lines: the run was resumed.")
+    note = f'<p class="note">{" ".join(notes)}</p>' if notes else ""
+    return f'<section><h2>Curves</h2><div class="plots">{"".join(drawn)}</div>{note}</section>'
 
 
 def _tokens_per_step(tokens: Series) -> float | None:

@@ -17,9 +17,9 @@ _VARIABLES = {"#010a0a": "--ink", "#020b0b": "--muted", "#030c0c": "--grid", "#0
 _VARIABLES |= {f"#0{index}0e0e": f"--line{index}" for index in range(1, 4)}
 _INK, _MUTED, _GRID, _BAD = list(_VARIABLES)[:4]
 _LINES = list(_VARIABLES)[4:]
-_SMOOTH_FROM = 60  # points from which a line is drawn smooth over its faint self
+SMOOTH_FROM = 60  # points from which a line is drawn smooth over its faint self
 _STEPS = (1, 2, 2.5, 5, 10)  # of the axes' ticks
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and set in the page's font
     "font.family": "DejaVu Sans",
     "font.size": 10.0,
@@ -117,7 +117,7 @@ def _draw_axes(axes: Any, plot: Plot) -> None:
     for index, line in enumerate(lines):
         colour = _LINES[index % len(_LINES)] if len(lines) <= len(_LINES) else _LINES[0]
         series = line.series.finite()
-        faint = len(series) >= _SMOOTH_FROM and len(lines) <= len(_LINES) and line.noisy and not line.marked
+        faint = len(series) >= SMOOTH_FROM and len(lines) <= len(_LINES) and line.noisy and not line.marked
         if faint:
             raw = thin(series)
             axes.plot(raw.steps, raw.values, color=colour, alpha=0.28, linewidth=0.9)
@@ -136,7 +136,8 @@ def _draw_axes(axes: Any, plot: Plot) -> None:
     axes.grid(axis="y")
     axes.set_axisbelow(True)
     axes.spines["left"].set_visible(False)
-    axes.margins(x=0.01)
+    last = max(line.series.steps[-1] for line in lines)
+    axes.set_xlim(min(0, *(line.series.steps[0] for line in lines)) - 0.01 * last, max(1.0, 1.01 * last))
     axes.xaxis.set_major_locator(MaxNLocator(max(3, round(plot.inches[0])), steps=_STEPS, integer=True))
     axes.xaxis.set_major_formatter(lambda value, _: amount(value))
     if plot.inches[1] > 2:
@@ -154,9 +155,12 @@ def _set_scale(axes: Any, values: np.ndarray, plot: Plot) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     if not len(values):
+        axes.set_yticks([])
         return
     low, high = float(values.min()), float(values.max())
-    name = byte_size if plot.title.endswith("_bytes") else amount if high >= 1000 else power if high < 0.01 else "{:.6g}".format
+    name = (
+        byte_size if plot.title.endswith("_bytes") else amount if high >= 1000 else power if 0 < high < 0.01 else "{:.6g}".format
+    )
     if low > 0 and high / low > 50 and not plot.from_zero:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if np.log10(high / low) < 0.85 * plot.inches[1] else (1,)))

@@ -3,7 +3,7 @@
 import os
 import secrets
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 
@@ -53,7 +53,7 @@ class WandbSink:
             name=config.name or paths.path.absolute().name,
             id=self.run_id,
             resume="allow",
-            mode=os.environ.get("WANDB_MODE") or config.mode,
+            mode=cast(Any, os.environ.get("WANDB_MODE") or config.mode),
             dir=str(paths.path),
             settings=wandb.Settings(
                 silent=True, console="off", save_code=False, disable_git=True, init_timeout=_INIT_TIMEOUT_SECONDS

@@ -3,15 +3,17 @@
 import collections
 import concurrent.futures
 import functools
+import importlib.metadata
 import json
 import math
+import platform
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
+from mlt.checkpoint.layout import CheckpointError
 from mlt.checkpoint.restore import Restored
 from mlt.checkpoint.save import Checkpointer
 from mlt.config.check import check_run
@@ -30,7 +32,7 @@ from mlt.train.run_directory import RunDirectory
 from mlt.train.sample import draw_text
 from mlt.train.setup import Setup, prepare
 from mlt.train.signals import StopRequest
-from mlt.train.state import TrainState, abstract_state, create_state
+from mlt.train.state import TrainState, abstract_batch, abstract_state, create_state
 from mlt.train.step import train_step
 
 STEPS_IN_FLIGHT = 2
@@ -85,7 +87,7 @@ class Loop:
             self.sinks = sinks
             sinks.start(self._facts(first))
             evaluating = pool.submit(self.evaluator.compile, abstract.model)
-            step_fn = self._compile(abstract)
+            step_fn = self.compile_step(abstract)
             if restored is None:
                 state = create_state(self.setup.specs, self.setup.optimizer, self.setup.rules, self.config.train.seed)
                 loader = open_loader(self.config.data, self.setup.corpus)
@@ -93,9 +95,10 @@ class Loop:
                 state = restored.state
                 loader = open_loader(self.config.data, self.setup.corpus, state=restored.data)
             evaluating.result()
-            self._finish(self._steps(step_fn, state, first, loader))
+            self._finish(self.steps(step_fn, state, first, steps, loader))
 
-    def _steps(self, step_fn: Any, state: TrainState, first: int, loader: Loader) -> TrainState:
+    def steps(self, step_fn: Any, state: TrainState, first: int, last: int, loader: Loader) -> TrainState:
+        """Steps first + 1 to last with everything around them; leaves with `Preempted` when asked to stop."""
         config, steps = self.config, self.config.train.steps
         clock = Clock(self.setup.tokens_per_step)
         in_flight: collections.deque[Any] = collections.deque()
@@ -103,7 +106,7 @@ class Loop:
         self.console.start(first)
         clock.reset(first)
         try:
-            for step in range(first + 1, steps + 1):
+            for step in range(first + 1, last + 1):
                 batch = next(loader)
                 clock.waited(loader.last_wait_seconds)
                 state, metrics = step_fn(state, jax.device_put(batch, self.sharding))
@@ -116,8 +119,9 @@ class Loop:
                     jax.block_until_ready(in_flight.popleft())
                 if step % config.log.every_steps == 0 or step in (1, steps):
                     pending = (step, metrics)
+                stopping = self.stop.name is not None
                 pausing = step % config.evaluation.every_steps == 0 or step == steps
-                saving = step % config.checkpoint.every_steps == 0 or step == steps or self.stop.name is not None
+                saving = step % config.checkpoint.every_steps == 0 or step == steps or stopping
                 if (pausing or saving) and pending is not None:
                     self._log(*pending, clock)
                     pending = None
@@ -126,7 +130,7 @@ class Loop:
                     self._evaluate(step, state)
                 if saving:
                     self._save(step, state, loader.state())
-                if self.stop.name is not None and step < steps:
+                if stopping and step < steps:
                     self._leave(step)
                 if pausing or saving:
                     clock.reset(step)
@@ -135,12 +139,11 @@ class Loop:
             loader.close()
         return state
 
-    def _compile(self, abstract: TrainState) -> Any:
+    def compile_step(self, abstract: TrainState) -> Any:
         """The compiled step. It takes exactly these shapes: a recompile is an error, not a delay."""
         started = time.perf_counter()
-        shape = (self.config.data.batch_size, self.config.data.sequence_length)
-        types = {"tokens": np.int32, "targets": np.int32, "weights": np.float32, "segment_ids": np.int32, "positions": np.int32}
-        batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=self.sharding) for name, kind in types.items()}
+        data = self.config.data
+        batch = abstract_batch(self.setup.rules, data.batch_size, data.sequence_length)
         step = functools.partial(train_step, optimizer=self.setup.optimizer, options=self.setup.options)
         compiled = jax.jit(step, donate_argnums=0).lower(abstract, batch).compile()
         self.console.say(f"compiled the step in {time.perf_counter() - started:.1f} s")
@@ -164,7 +167,13 @@ class Loop:
             "mesh": self.config.mesh.shape(),
             "versions": {"jax": jax.__version__},
         }
-        self.checkpointer.save(step, state, data=data, meta=meta)
+        try:
+            self.checkpointer.save(step, state, data=data, meta=meta)
+        except CheckpointError as error:
+            # A full disk costs this checkpoint, not the run; the last one must be on the disk.
+            if step == self.config.train.steps or self.stop.name is not None:
+                raise
+            self.console.say(f"warning: {error}")
 
     def _log(self, step: int, metrics: dict[str, jax.Array], clock: Clock) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -215,10 +224,13 @@ class Loop:
     def _finish(self, state: TrainState) -> None:
         self._sample(self.config.train.steps, state)
         self.checkpointer.wait()
-        report = write_report(self.directory.path)
+        try:
+            write_report(self.directory.path)
+        except UserError as error:
+            self.console.say(f"warning: {error}")
         run = self.directory.path
         self.console.say(
-            f"checkpoints: {self.directory.checkpoints_path}\nreport: {report}\nnext:\n"
+            f"checkpoints: {self.directory.checkpoints_path}\nreport: {self.directory.report_path}\nnext:\n"
             f'  mlt generate {run} --prompt "import "    more text\n'
             f"  mlt verify {run}    isolation, causality, decoding and gradients of this model\n"
             f"  mlt export {run} --to {run}/export    weights, config and tokenizer\n"
@@ -233,7 +245,9 @@ class Loop:
             "config_hash": config_hash(self.config),
             "corpus": self.setup.corpus.hash,
             "corpus_bytes": self.setup.corpus.bytes_read,
-            "jax": jax.__version__,
+            **{name: importlib.metadata.version(name) for name in ("mlt", "jax", "flax", "optax", "orbax-checkpoint")},
+            "python": platform.python_version(),
+            "system": platform.platform(),
             "device": device.device_kind,
             "num_devices": jax.device_count(),
         }

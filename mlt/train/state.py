@@ -47,6 +47,13 @@ def abstract_state(specs: LM, optimizer: optax.GradientTransformation, rules: Ru
     )
 
 
+def abstract_batch(rules: Rules, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, types and shardings of a batch of `rows` by `length` tokens."""
+    where = rules.sharding(("batch", "seq"))
+    types = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {"weights": jnp.float32}
+    return {name: jax.ShapeDtypeStruct((rows, length), kind, sharding=where) for name, kind in types.items()}
+
+
 def create_state(specs: LM, optimizer: optax.GradientTransformation, rules: Rules, seed: int) -> TrainState:
     """A fresh state, each device making its own part."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(specs, optimizer, rules))

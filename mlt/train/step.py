@@ -67,13 +67,13 @@ def train_step(
     else:
         loss, aux, grads = _accumulate(gradient, trained, batch, options)
 
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     if options.clip_norm is not None:
         scale = jnp.minimum(1.0, options.clip_norm / (norm + 1e-6))
         grads = jax.tree.map(lambda g: g * scale, grads)
     updates, opt_state = optimizer.update(grads, state.optimizer, trained)
     model = merge(optax.apply_updates(trained, updates), buffers).updated(aux)
-    metrics = {"train/loss": loss, "train/grad_norm": norm, "train/weight": jnp.sum(batch["weights"])}
+    metrics = {"train/loss": loss, "train/grad_norm": norm}
     metrics |= {f"aux/{name.split('/', 1)[1]}": value for name, value in reduce_aux(aux)[1].items()}
     return TrainState(state.step + 1, model, opt_state, state.key), metrics
 

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import TINY, losses, wait_for_step
+from fault_tools import TINY, losses, wait_for_step
 
 
 def refused(mlt, *words, says: list[str]):
@@ -66,13 +66,13 @@ def test_text_that_is_not_utf8_or_empty(mlt, tmp_path):
     source = f'{{class: mlt.data.text_files.TextFiles, paths: ["{tmp_path}/bad.txt"]}}'
     train(mlt, tmp_path, *data(f"data.source={source}"), says=["bad.txt", "UTF-8", "12"])
     (tmp_path / "bad.txt").write_bytes(b"")
-    train(mlt, tmp_path, *data(f"data.source={source}"), says=["empty"])
+    train(mlt, tmp_path, *data(f"data.source={source}"), says=["bad.txt", "nothing to read"])
 
 
 def test_truncated_json_line(mlt, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "one"}) + '\n{"text": "tw')
     source = f'{{class: mlt.data.json_lines.JsonLines, paths: ["{tmp_path}/rows.jsonl"]}}'
-    train(mlt, tmp_path, *data(f"data.source={source}"), says=["rows.jsonl:2"])
+    train(mlt, tmp_path, *data(f"data.source={source}"), says=["rows.jsonl, line 2", "truncated"])
 
 
 def test_run_directory_of_another_config_or_in_use(mlt, tmp_path):

@@ -4,7 +4,7 @@ import signal
 
 import numpy as np
 import pytest
-from conftest import TINY, losses, wait_for_step
+from fault_tools import TINY, losses, wait_for_step
 
 from mlt.nn.param import named_leaves
 from mlt.train.load import load_model

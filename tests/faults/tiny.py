@@ -27,6 +27,6 @@ def config(steps: int = 24, width: int = 32) -> RunConfig:
         schedule=WarmupCosine(warmup_steps=4),
         checkpoint=CheckpointConfig(every_steps=4, keep=3),
         evaluation=EvalConfig(every_steps=10, max_rows=8),
-        sample=SampleConfig(prompt="the ", tokens=8),
+        sample=SampleConfig(tokens=0),
         log=LogConfig(every_steps=1),
     )

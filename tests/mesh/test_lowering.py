@@ -4,8 +4,6 @@ import functools
 import pathlib
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from mlt_kernels import dispatch
 
@@ -13,13 +11,12 @@ from mlt.config.load import load_config
 from mlt.parallel.mesh import Layout
 from mlt.parallel.rules import Rules
 from mlt.train.setup import build_optimizer, describe_model, step_options
-from mlt.train.state import abstract_state
+from mlt.train.state import abstract_batch, abstract_state
 from mlt.train.step import train_step
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.py"))
 LAYOUT = Layout(replica=4, fsdp=8, tensor=2)
-TYPES = {"tokens": np.int32, "targets": np.int32, "weights": np.float32, "segment_ids": np.int32, "positions": np.int32}
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
@@ -31,9 +28,7 @@ def test_lowers_on_64_devices(path, platform):
     optimizer = build_optimizer(config, specs)
     state = abstract_state(specs, optimizer, rules)
     options = step_options(config, rules)
-    shape = (LAYOUT.batch_shards, 256)
-    where = rules.sharding(("batch", "seq"))
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.dtype(kind), sharding=where) for name, kind in TYPES.items()}
+    batch = abstract_batch(rules, LAYOUT.batch_shards, 256)
     step = jax.jit(functools.partial(train_step, optimizer=optimizer, options=options), donate_argnums=0)
     with dispatch.target_platform("gpu" if platform == "cuda" else "tpu"):
         lowered = step.trace(state, batch).lower(lowering_platforms=(platform,))

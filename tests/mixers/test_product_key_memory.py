@@ -16,7 +16,6 @@ from mlt.parallel.rules import Rules
 D = 16
 INFO = BuildInfo(d_model=D, num_sub_layers=4, vocab_size=64)
 GATED = ProductKeyMemory(num_keys=24, num_selected=5, num_heads=3, key_dim=12, value_dim=10)
-PLAIN = ProductKeyMemory(num_keys=20, num_selected=9, num_heads=2, key_dim=8, gated=False)
 # One head that keeps every row: half lists shorter than num_selected, and a softmax over the whole table.
 WHOLE = ProductKeyMemory(num_keys=4, num_selected=16, num_heads=1, key_dim=8, value_dim=6, gated=False)
 
@@ -55,7 +54,7 @@ def plain(mixer, x, is_token):
     return y if mixer.output is None else y @ mixer.output.kernel[...], weights
 
 
-@pytest.mark.parametrize("count", [1, 5, 32, 128, 1024])
+@pytest.mark.parametrize("count", [1, 32, 1024])
 def test_search_equals_brute_force(count):
     size = 32
     first, second = np.random.default_rng(count).standard_normal((2, 6, size)).astype(np.float32)
@@ -74,7 +73,7 @@ def test_search_scores_only_pairs_that_can_win():
         assert sum((a + 1) * (b + 1) <= count for a, b in itertools.product(range(count), repeat=2)) == pairs
 
 
-@pytest.mark.parametrize("config", [GATED, PLAIN, WHOLE], ids=["gated", "plain", "whole"])
+@pytest.mark.parametrize("config", [GATED, WHOLE], ids=["gated", "whole"])
 def test_values_and_gradients_match_scores_of_every_row(config):
     mixer = initialize(config.build(INFO), 0)
     x, ctx = inputs()
@@ -166,4 +165,4 @@ def test_problems(fields, path):
 
 
 def test_good_configs_have_no_problems():
-    assert not [problem for config in (GATED, PLAIN, WHOLE) for problem in config.problems()]
+    assert not [problem for config in (GATED, WHOLE) for problem in config.problems()]

@@ -20,9 +20,10 @@ class MoE(ChannelMixerConfig):
     weights come from the scores alone, and after each step the bias of an expert with less than its share of tokens
     rises by `bias_update_rate`, that of one with more falls. The softmax router is the classic one (arXiv 2101.03961).
 
-    Both losses are coefficients times a value: `balance_loss` times one that is 1 when every row spreads its tokens
-    evenly and num_experts / num_experts_per_token when all go to the same experts (coefficients of code bases that
-    normalize otherwise do not carry over); `z_loss` times the mean square of the log-sum-exp of the router's logits.
+    Both losses are a coefficient times a mean over rows, so cutting a batch into micro-batches of rows does not move
+    them. `balance_loss` weighs a value that is 1 where a row spreads its tokens evenly and
+    num_experts / num_experts_per_token where all of them go to the same experts (coefficients of code bases that
+    normalize otherwise do not carry over); `z_loss` weighs the mean square of the log-sum-exp of the router's logits.
 
     Attributes:
         num_experts: routed experts (E).
@@ -162,7 +163,7 @@ class MoEMixer(Mixer):
     def _run_experts(self, x_BTD, experts_BTA, weights_BTA, is_token_BT, load_E):
         """Sort the (token, expert) pairs by expert, run the experts on their rows, and sum each token's in its own order.
 
-        Padding sorts behind the last expert, where no group reaches it.
+        Padding sorts behind the last expert, beyond every group, where the product is zero.
         """
         experts_NA = jnp.where(is_token_BT[..., None], experts_BTA, self.config.num_experts).reshape(-1, experts_BTA.shape[-1])
         order_R = jnp.argsort(experts_NA.reshape(-1), stable=True)
@@ -177,8 +178,7 @@ class MoEMixer(Mixer):
         hidden_RF = save_point(jax.nn.silu(product(x_RD, self.gate)) * product(x_RD, self.up), "expert_hidden")
         y_NAD = _collect(product(hidden_RF, self.down), order_R, place_NA)
         y_BTAD = y_NAD.reshape(*experts_BTA.shape, x_BTD.shape[-1])
-        y_BTAD = jnp.where(is_token_BT[..., None, None], y_BTAD.astype(jnp.float32), 0.0)
-        return (y_BTAD * weights_BTA[..., None]).sum(2).astype(x_BTD.dtype)
+        return (y_BTAD.astype(jnp.float32) * weights_BTA[..., None]).sum(2).astype(x_BTD.dtype)
 
     def _aux(self, logits_BTE, scores_BTE, load_BE, ctx):
         config, load_E = self.config, load_BE.sum(0)
@@ -186,16 +186,15 @@ class MoEMixer(Mixer):
         violation = jnp.where(fair > 0, load_E.max() / jnp.maximum(fair, 1e-9) - 1.0, 0.0)
         aux = {"count/load": load_E, "metric/max_violation": violation}
         is_token_BT = ctx.is_token.astype(jnp.float32)
-        tokens_B = is_token_BT.sum(1)
+        tokens_B = jnp.maximum(is_token_BT.sum(1), 1.0)
         if config.balance_loss:
             share_BTE = scores_BTE / (scores_BTE.sum(-1, keepdims=True) + 1e-20)
-            share_BE = (share_BTE * is_token_BT[..., None]).sum(1) / jnp.maximum(tokens_B, 1.0)[:, None]
-            used_BE = load_BE * (config.num_experts / config.num_experts_per_token) / jnp.maximum(tokens_B, 1.0)[:, None]
-            rows = jnp.maximum((tokens_B > 0).sum(), 1)
-            aux["loss/balance"] = config.balance_loss * (used_BE * share_BE).sum() / rows
+            share_BE = (share_BTE * is_token_BT[..., None]).sum(1) / tokens_B[:, None]
+            used_BE = load_BE * (config.num_experts / config.num_experts_per_token) / tokens_B[:, None]
+            aux["loss/balance"] = config.balance_loss * (used_BE * share_BE).sum(-1).mean()
         if config.z_loss:
             square_BT = jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1))
-            aux["loss/z"] = config.z_loss * (square_BT * is_token_BT).sum() / jnp.maximum(tokens_B.sum(), 1.0)
+            aux["loss/z"] = config.z_loss * ((square_BT * is_token_BT).sum(1) / tokens_B).mean()
         return aux
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from mlt_kernels import attention
 
 from mlt.config.problems import Problem
-from mlt.mixers.base import Aux, BuildInfo, Context, Mixer, SequenceMixerConfig, save_point
+from mlt.mixers.base import Aux, BuildInfo, Context, Mixer, SequenceMixerConfig, save_point, shared_axis
 from mlt.nn.linear import Linear
 from mlt.nn.norm import RMSNorm
 from mlt.nn.param import fan_in, param, zeros
@@ -89,8 +89,8 @@ class AttentionMixer(Mixer):
         self.config = config
         d, n, k, h = info.d_model, config.num_heads, config.kv_heads, config.head_dim
         self.query = Linear((("embed", d),), (("heads", n), ("head_dim", h)), bias=config.qkv_bias)
-        self.key = Linear((("embed", d),), (("kv_heads", k), ("head_dim", h)), bias=config.qkv_bias)
-        self.value = Linear((("embed", d),), (("kv_heads", k), ("head_dim", h)), bias=config.qkv_bias)
+        self.key = Linear((("embed", d),), ((shared_axis(k), k), ("head_dim", h)), bias=config.qkv_bias)
+        self.value = Linear((("embed", d),), ((shared_axis(k), k), ("head_dim", h)), bias=config.qkv_bias)
         self.gate = Linear((("embed", d),), (("heads", n), ("head_dim", h))) if config.output_gate else None
         self.query_norm = RMSNorm(h) if config.qk_norm else None
         self.key_norm = RMSNorm(h) if config.qk_norm else None

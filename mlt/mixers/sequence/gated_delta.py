@@ -8,7 +8,17 @@ import jax.numpy as jnp
 from mlt_kernels import linear_recurrence
 
 from mlt.config.problems import Problem
-from mlt.mixers.base import Aux, BuildInfo, Context, Mixer, SequenceMixerConfig, keep_where, resume_segment, save_point
+from mlt.mixers.base import (
+    Aux,
+    BuildInfo,
+    Context,
+    Mixer,
+    SequenceMixerConfig,
+    keep_where,
+    resume_segment,
+    save_point,
+    shared_axis,
+)
 from mlt.nn.conv import CausalConv
 from mlt.nn.linear import Linear
 from mlt.nn.norm import RMSNorm, l2_normalize
@@ -81,7 +91,7 @@ class GatedDeltaMixer(Mixer):
     def __init__(self, config: GatedDelta, info: BuildInfo):
         self.config = config
         d, h, hk, k, v = info.d_model, config.num_heads, config.key_heads, config.key_dim, config.values
-        keys, values = (("kv_heads", hk), ("head_dim", k)), (("heads", h), ("head_dim", v))
+        keys, values = ((shared_axis(hk), hk), ("head_dim", k)), (("heads", h), ("head_dim", v))
         self.query = Linear((("embed", d),), keys)
         self.key = Linear((("embed", d),), keys)
         self.value = Linear((("embed", d),), values)

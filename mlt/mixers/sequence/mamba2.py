@@ -8,7 +8,17 @@ import jax.numpy as jnp
 from mlt_kernels import linear_recurrence
 
 from mlt.config.problems import Problem
-from mlt.mixers.base import Aux, BuildInfo, Context, Mixer, SequenceMixerConfig, keep_where, resume_segment, save_point
+from mlt.mixers.base import (
+    Aux,
+    BuildInfo,
+    Context,
+    Mixer,
+    SequenceMixerConfig,
+    keep_where,
+    resume_segment,
+    save_point,
+    shared_axis,
+)
 from mlt.nn.conv import CausalConv
 from mlt.nn.linear import Linear
 from mlt.nn.norm import rms_normalize
@@ -70,7 +80,7 @@ class Mamba2Mixer(Mixer):
     def __init__(self, config: Mamba2, info: BuildInfo):
         self.config = config
         d, h, p, n, g = info.d_model, config.num_heads, config.head_dim, config.state_dim, config.num_groups
-        heads, groups = (("heads", h), ("head_dim", p)), (("kv_heads", g), ("head_dim", n))
+        heads, groups = (("heads", h), ("head_dim", p)), ((shared_axis(g), g), ("head_dim", n))
         self.gate = Linear((("embed", d),), heads)
         self.value = Linear((("embed", d),), heads)
         self.write = Linear((("embed", d),), groups)

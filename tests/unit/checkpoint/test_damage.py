@@ -127,7 +127,7 @@ def test_a_step_directory_without_commit_time_does_not_count(tmp_path, caplog, b
 
 
 def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    start = "import os, sys, resource\nimport jax, jax.numpy as jnp\nfrom mlt.checkpoint.save import Checkpointer\n"
+    start = "import os, sys, resource\nimport jax.numpy as jnp, numpy as np\nfrom mlt.checkpoint.save import Checkpointer\n"
     return subprocess.run(
         [sys.executable, "-c", start + textwrap.dedent(code), *map(str, arguments)], capture_output=True, text=True, timeout=100
     )
@@ -138,7 +138,7 @@ def test_kill_during_a_save_leaves_the_last_step_good(tmp_path, caplog):
         """
         from mlt.checkpoint.layout import unfinished
         checkpoints = Checkpointer(sys.argv[1])
-        big = {"w": jax.random.normal(jax.random.key(0), (3000, 3000))}
+        big = {"w": jnp.asarray(np.random.default_rng(0).random((3000, 3000), np.float32))}
         checkpoints.save(1, big, data={}, meta={"n": 1})
         checkpoints.save(2, big, data={}, meta={"n": 2})
         while not unfinished(sys.argv[1]):
@@ -167,7 +167,7 @@ def test_a_failed_write_is_raised_quietly_and_the_next_save_works(tmp_path):
     done = run(
         """
         from mlt.checkpoint.layout import CheckpointError
-        state = {"w": jax.random.normal(jax.random.key(0), (1000, 1000))}
+        state = {"w": jnp.asarray(np.random.default_rng(0).random((1000, 1000), np.float32))}
         checkpoints = Checkpointer(sys.argv[1])
         checkpoints.save(1, state, data={}, meta={})
         checkpoints.wait()

@@ -1,0 +1,109 @@
+"""What the decays do inside one chunk: to the scores of its pairs of tokens, to reads and to writes of the state.
+
+Letters: B rows, H value heads, Y = B H, X = B Hk rows and query/key heads, R = H / Hk, C tokens of the chunk (i as
+query, j as key), K key dim, V value dim. Every exponent is a sum of log decays, at most 0, over tokens of one
+document: nothing overflows, and no bit crosses a document border. Dims of size 1 are avoided: XLA's CPU sums over
+arrays that have one are 10 to 20 times slower.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mlt_kernels.linear_recurrence import _vector
+
+HIGHEST = jax.lax.Precision.HIGHEST
+LOWEST = -128.0
+"""Log decays are clamped here; from -104 on, exp is 0 in float32."""
+GRID = 2.0**8
+
+Product = Callable[[Array, Array], Array]
+"""Batched matrix product of operands cast to the op's operand dtype, accumulated in the wide dtype."""
+
+
+class Masks(NamedTuple):
+    """Which tokens of a chunk meet, for every row and head."""
+
+    lower_YCC: Array  # key not after query, same document; (1, C, C) where no documents are told apart
+    carried_YC: Array | None  # token of the document the chunk was entered with; None is all
+
+
+def chunk_masks(length: int, heads: int, document_BC: Array | None, entered_B: Array | None) -> Masks:
+    """Masks from the document ordinals of the chunk's tokens and of the token before it."""
+    lower_CC = jnp.tril(jnp.ones((length, length), bool))
+    if document_BC is None or entered_B is None:
+        return Masks(lower_CC[None], None)
+    document_YC = jnp.repeat(document_BC, heads, axis=0)
+    entered_Y = jnp.repeat(entered_B, heads, axis=0)
+    same_YCC = document_YC[:, :, None] == document_YC[:, None, :]
+    return Masks(lower_CC & same_YCC, document_YC == entered_Y[:, None])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def repeat_heads(x_X: Array, times: int) -> Array:
+    """(X, ...) to (Y, ...): each query/key head for every value head that reads it."""
+    if times == 1:
+        return x_X
+    repeated = jnp.broadcast_to(x_X[:, None], (x_X.shape[0], times, *x_X.shape[1:]))
+    return repeated.reshape(-1, *x_X.shape[1:])
+
+
+def _repeat_heads_fwd(x_X: Array, times: int) -> tuple[Array, None]:
+    return repeat_heads(x_X, times), None
+
+
+def _repeat_heads_bwd(times: int, _: None, grad_Y: Array) -> tuple[Array]:
+    if times == 1:
+        return (grad_Y,)
+    X, rest = grad_Y.shape[0] // times, grad_Y.shape[1:]
+    if X == 1:
+        return (jnp.sum(grad_Y.reshape(times, -1), axis=0).reshape(1, *rest),)
+    return (jnp.sum(grad_Y.reshape(X, times, -1), axis=1).reshape(X, *rest),)
+
+
+repeat_heads.defvjp(_repeat_heads_fwd, _repeat_heads_bwd)
+
+
+class ScalarDecay(NamedTuple):
+    """One decay a head, or none: factors on the scores and, None being 1, on reads of the entering state.
+
+    The last token's factors are those of the state that leaves the chunk.
+    """
+
+    pair_YCC: Array
+    into_YC: Array | None
+
+    def scores(self, queries_XCK: Sequence[Array], k_XCK: Array, dot: Product) -> list[Array]:
+        """(Y, C, C) for each of the queries: x_i . k_j decayed from j to i, 0 where they do not meet."""
+        times = max(1, self.pair_YCC.shape[0] // k_XCK.shape[0])
+        products = [dot(x_XCK, jnp.swapaxes(k_XCK, 1, 2)) for x_XCK in queries_XCK]
+        return [repeat_heads(x_XCC, times) * self.pair_YCC for x_XCC in products]
+
+    def read(self, x_YCK: Array, state_YKV: Array, dot: Product) -> Array:
+        """(Y, C, V): what each x reads of the state that entered the chunk."""
+        read_YCV = dot(x_YCK, state_YKV)
+        return read_YCV if self.into_YC is None else read_YCV * self.into_YC[..., None]
+
+    def update(self, state_YKV: Array, k_YCK: Array, write_YCV: Array, dot: Product) -> Array:
+        """The state after the chunk."""
+        if self.into_YC is not None:
+            write_YCV = write_YCV * self.pair_YCC[:, -1, :, None]
+            state_YKV = state_YKV * self.into_YC[:, -1, None, None]
+        return state_YKV + dot(jnp.swapaxes(k_YCK, 1, 2), write_YCV)
+
+
+def no_decay(masks: Masks, heads: int, dtype: Any) -> ScalarDecay:
+    """Factors of 1 where tokens meet."""
+    into_YC = None if masks.carried_YC is None else masks.carried_YC.astype(dtype)
+    return ScalarDecay(jnp.broadcast_to(masks.lower_YCC.astype(dtype), (heads, *masks.lower_YCC.shape[1:])), into_YC)
+
+
+def scalar_decay(g_YC: Array, masks: Masks, log_input_YC: Array | None = None, ) -> ScalarDecay:
+    """Factors exp(G_i - G_j) and exp(G_i), with G the sum of log decays since the document or chunk began.
+
+    G is kept as a multiple of 1/256, whose sums and differences are exact, and a small rest: in one float32 sum a
+    few strong decays would leave no digits for the mild ones that follow.
+    """
