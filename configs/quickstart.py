@@ -23,7 +23,7 @@ from mlt.optim.schedule import WarmupCosine
 from mlt.report.sinks import LogConfig
 
 
-def config(width: int = 128, steps: int = 200, sequence_length: int = 512, batch_size: int = 8) -> RunConfig:
+def config(width: int = 128, steps: int = 120, sequence_length: int = 512, batch_size: int = 4) -> RunConfig:
     heads = width // 32
     delta = GatedDelta(num_heads=heads, key_dim=32)
     ssd = Mamba2(num_heads=2 * heads, head_dim=32, state_dim=32)

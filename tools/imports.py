@@ -23,7 +23,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "data": ("config", "errors"),
     "optim": ("nn", "parallel", "config", "errors"),
     "loss": ("kernels", "model", "mixers", "parallel"),
-    "report": COMMON,
+    "report": ("checkpoint", *COMMON),
     "plan": ("kernels", "model", "mixers", "parallel", "nn", "config", "errors", "train"),
     "train": ("model", "mixers", "nn", "parallel", "data", "optim", "loss", "checkpoint", "report", "plan", *COMMON),
     "checkpoint": ("errors",),

@@ -23,8 +23,8 @@ import jax
 
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": (),
-    "gpu": ("mosaic_gpu", "pallas_gpu", "triton_gpu"),
-    "tpu": ("pallas_tpu",),
+    "gpu": ("mosaic_gpu", "pallas_gpu", "triton_gpu", "ragged_dot"),
+    "tpu": ("pallas_tpu", "ragged_dot"),
 }
 """Hardware backends tried first on each platform; `chunked`, then `reference` always follow."""
 

@@ -9,7 +9,7 @@ from mlt_kernels.testing import assert_close, assert_same_bits, check_isolation,
 from mlt.errors import UserError
 from mlt.mixers.base import BuildInfo, Context
 from mlt.mixers.channel.engram import Engram
-from mlt.mixers.channel.engram_hash import compression_map, multipliers, ngram_rows, ngram_tables, normalized, split_words
+from mlt.nn.ngram_hash import compression_map, multipliers, ngram_rows, ngram_tables, normalized, split_words
 from mlt.nn.param import initialize, partition
 from mlt.parallel.rules import Rules
 

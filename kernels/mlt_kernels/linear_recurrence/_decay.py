@@ -6,6 +6,7 @@ document: nothing overflows, and no bit crosses a document border. Dims of size 
 arrays that have one are 10 to 20 times slower.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -67,6 +68,26 @@ def _repeat_heads_bwd(times: int, _: None, grad_Y: Array) -> tuple[Array]:
 repeat_heads.defvjp(_repeat_heads_fwd, _repeat_heads_bwd)
 
 
+@jax.custom_vjp
+def scale_rows(x: Array, factor: Array) -> Array:
+    """x (..., D) times factor (...)."""
+    return x * factor[..., None]
+
+
+def _scale_rows_fwd(x: Array, factor: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x * factor[..., None], (x, factor)
+
+
+def _scale_rows_bwd(residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, factor = residuals
+    # A product with ones, not a sum: XLA may hand the sum a dim of size 1.
+    ones = jnp.ones((x.shape[-1], 1), grad.dtype)
+    return (grad * factor[..., None]).astype(x.dtype), jnp.matmul(grad * x, ones, precision=HIGHEST)[..., 0]
+
+
+scale_rows.defvjp(_scale_rows_fwd, _scale_rows_bwd)
+
+
 class ScalarDecay(NamedTuple):
     """One decay a head, or none: factors on the scores and, None being 1, on reads of the entering state.
 
@@ -75,35 +96,106 @@ class ScalarDecay(NamedTuple):
 
     pair_YCC: Array
     into_YC: Array | None
+    repeats: int  # R
 
     def scores(self, queries_XCK: Sequence[Array], k_XCK: Array, dot: Product) -> list[Array]:
         """(Y, C, C) for each of the queries: x_i . k_j decayed from j to i, 0 where they do not meet."""
-        times = max(1, self.pair_YCC.shape[0] // k_XCK.shape[0])
-        products = [dot(x_XCK, jnp.swapaxes(k_XCK, 1, 2)) for x_XCK in queries_XCK]
-        return [repeat_heads(x_XCC, times) * self.pair_YCC for x_XCC in products]
+        products_XCC = [dot(x_XCK, jnp.swapaxes(k_XCK, 1, 2)) for x_XCK in queries_XCK]
+        return [repeat_heads(x_XCC, self.repeats) * self.pair_YCC for x_XCC in products_XCC]
 
     def read(self, x_YCK: Array, state_YKV: Array, dot: Product) -> Array:
         """(Y, C, V): what each x reads of the state that entered the chunk."""
         read_YCV = dot(x_YCK, state_YKV)
-        return read_YCV if self.into_YC is None else read_YCV * self.into_YC[..., None]
+        return read_YCV if self.into_YC is None else scale_rows(read_YCV, self.into_YC)
 
     def update(self, state_YKV: Array, k_YCK: Array, write_YCV: Array, dot: Product) -> Array:
         """The state after the chunk."""
         if self.into_YC is not None:
-            write_YCV = write_YCV * self.pair_YCC[:, -1, :, None]
+            write_YCV = scale_rows(write_YCV, self.pair_YCC[:, -1])
             state_YKV = state_YKV * self.into_YC[:, -1, None, None]
         return state_YKV + dot(jnp.swapaxes(k_YCK, 1, 2), write_YCV)
 
 
-def no_decay(masks: Masks, heads: int, dtype: Any) -> ScalarDecay:
+def no_decay(masks: Masks, repeats: int, dtype: Any) -> ScalarDecay:
     """Factors of 1 where tokens meet."""
     into_YC = None if masks.carried_YC is None else masks.carried_YC.astype(dtype)
-    return ScalarDecay(jnp.broadcast_to(masks.lower_YCC.astype(dtype), (heads, *masks.lower_YCC.shape[1:])), into_YC)
+    return ScalarDecay(masks.lower_YCC.astype(dtype), into_YC, repeats)
 
 
-def scalar_decay(g_YC: Array, masks: Masks, log_input_YC: Array | None = None, ) -> ScalarDecay:
-    """Factors exp(G_i - G_j) and exp(G_i), with G the sum of log decays since the document or chunk began.
+def scalar_decay(g_YC: Array, masks: Masks, repeats: int) -> ScalarDecay:
+    """Factors exp(G_i - G_j) and exp(G_i), with G the sum of log decays since the document or chunk began."""
+    pair_YCC, into_YC = _log_decay(g_YC, masks)
+    return ScalarDecay(jnp.exp(pair_YCC), jnp.exp(into_YC), repeats)
+
+
+def scaled_decay(
+    g_YC: Array, masks: Masks, repeats: int, log_input_YC: Array, log_scale_Y: Array, floor: float
+) -> tuple[ScalarDecay, Array]:
+    """As `scalar_decay`, with writes times exp(log_input) and each token's sums divided by exp of its log scale.
+
+    The log scale, (Y, C), is the largest log weight so far. No result depends on it, so it is a constant to the
+    gradient, which would otherwise carry its noise.
+    """
+    pair_YCC, into_YC = _log_decay(g_YC, masks)
+    pair_YCC = pair_YCC + log_input_YC[:, None, :]
+    into_YC = into_YC + log_scale_Y[:, None]
+    largest_YC = jnp.maximum(jnp.maximum(jnp.max(pair_YCC, axis=2), into_YC), floor)
+    scale_YC = jax.lax.stop_gradient(largest_YC)
+    decay = ScalarDecay(jnp.exp(pair_YCC - scale_YC[..., None]), jnp.exp(into_YC - scale_YC), repeats)
+    return decay, scale_YC
+
+
+def _log_decay(g_YC: Array, masks: Masks) -> tuple[Array, Array]:
+    """G_i - G_j and G_i, -inf where tokens do not meet.
 
     G is kept as a multiple of 1/256, whose sums and differences are exact, and a small rest: in one float32 sum a
     few strong decays would leave no digits for the mild ones that follow.
     """
+    coarse_YC = jax.lax.stop_gradient(jnp.round(g_YC * GRID) / GRID)
+    within_YCC = masks.lower_YCC.astype(g_YC.dtype)
+    parts = jnp.stack([coarse_YC, g_YC - coarse_YC])
+    if within_YCC.shape[0] == 1:
+        sums = jnp.matmul(parts, within_YCC[0].T, precision=HIGHEST)
+    else:
+        sums = jnp.einsum("yij,pyj->pyi", within_YCC, parts, precision=HIGHEST)
+    coarse_YC, fine_YC = sums[0], sums[1]
+    pair_YCC = (coarse_YC[:, :, None] - coarse_YC[:, None, :]) + (fine_YC[:, :, None] - fine_YC[:, None, :])
+    # Along the diagonal the two gradients of G cancel; adding them would leave their rounding error.
+    pair_YCC = jnp.where(jnp.eye(g_YC.shape[1], dtype=bool), 0, pair_YCC)
+    into_YC = coarse_YC + fine_YC
+    if masks.carried_YC is not None:
+        into_YC = jnp.where(masks.carried_YC, into_YC, -jnp.inf)
+    return jnp.where(masks.lower_YCC, pair_YCC, -jnp.inf), into_YC
+
+
+class VectorDecay(NamedTuple):
+    """One decay a head and key dim; X is Y."""
+
+    lower_YCC: Array
+    factors: _vector.Factors
+    into_YCK: Array
+    out_YCK: Array
+
+    def scores(self, queries_YCK: Sequence[Array], k_YCK: Array, dot: Product) -> list[Array]:
+        """(Y, C, C) for each of the queries: x_i . k_j decayed from j to i, 0 where they do not meet."""
+        stacked_YCSK = jnp.stack(queries_YCK, axis=2)
+        scores_YCSC = _vector.scores(stacked_YCSK, k_YCK, self.factors, k_YCK.dtype)
+        return [jnp.where(self.lower_YCC, scores_YCSC[:, :, s], 0) for s in range(len(queries_YCK))]
+
+    def read(self, x_YCK: Array, state_YKV: Array, dot: Product) -> Array:
+        """(Y, C, V): what each x reads of the state that entered the chunk."""
+        return dot(x_YCK * self.into_YCK, state_YKV)
+
+    def update(self, state_YKV: Array, k_YCK: Array, write_YCV: Array, dot: Product) -> Array:
+        """The state after the chunk."""
+        decayed_YKV = state_YKV * self.into_YCK[:, -1, :, None]
+        return decayed_YKV + dot(jnp.swapaxes(k_YCK * self.out_YCK, 1, 2), write_YCV)
+
+
+def vector_decay(g_YCK: Array, masks: Masks) -> VectorDecay:
+    """Factors from log decays of every key dim."""
+    factors, into_YCK, out_YCK = _vector.factors(g_YCK)
+    if masks.carried_YC is not None:
+        into_YCK = jnp.where(masks.carried_YC[..., None], into_YCK, 0)
+        out_YCK = jnp.where(masks.lower_YCC[:, -1, :, None], out_YCK, 0)
+    return VectorDecay(masks.lower_YCC, factors, into_YCK, out_YCK)

@@ -39,7 +39,9 @@ def factors(g_YCK: Array) -> tuple[Factors, Array, Array]:
     I = min(BLOCK, C)
     N = C // I
     a, b = np.arange(I)[:, None], np.arange(I)
-    pairs, since, until = _sums(g_YCK.reshape(Y, N, I, K), _between(I, with_query=True), b <= a, b > a)
+    g = g_YCK.reshape(Y, N, I, K)
+    (pairs,) = _sums(g, _between(I, with_query=True))
+    since, until = _sums(g, b <= a, b > a)
     pairs = jnp.exp(jnp.where((b <= a)[..., None], pairs.reshape(Y, N, I, I, K), -jnp.inf))
     a, b = np.arange(N)[:, None], np.arange(N)
     between, before, after = _sums(since[:, :, -1], _between(N, with_query=False), b < a, b > a)
@@ -82,9 +84,9 @@ def _scores_bwd(low: Any, residuals: tuple[Array, Array, Factors], grad: Array) 
     grad_rows = grad.reshape(Y, N, I * S, C)
     d_queries = _product(grad_rows, keys, low).reshape(Y, N, I, S, K)
     d_keys = _product(jnp.swapaxes(grad_rows, -1, -2), queries, low).reshape(Y, N, N, I, K)
-    d_moved = sum(d_keys[:, a] * f.between[:, a, :, None] for a in range(N))
+    d_moved = jnp.sum(d_keys * f.between[:, :, :, None], axis=1)
     moved = k * f.onto_key
-    d_between = sum(d_keys[:, :, :, i] * moved[:, None, :, i] for i in range(I))
+    d_between = jnp.sum(d_keys * moved[:, None], axis=3)
 
     tiles = grad.reshape(Y, N, I, S, N, I)
     own = jnp.stack([tiles[:, n, :, :, n] for n in range(N)], axis=1)
@@ -92,7 +94,7 @@ def _scores_bwd(low: Any, residuals: tuple[Array, Array, Factors], grad: Array) 
     d_decayed = sum(own[:, :, :, s, :, None] * x[:, :, :, s, None] for s in range(S))
 
     d_x = d_x + d_queries * f.onto_query[:, :, :, None]
-    d_k = d_moved * f.onto_key + sum(d_decayed[:, :, i] * f.pairs[:, :, i] for i in range(I))
+    d_k = d_moved * f.onto_key + jnp.sum(d_decayed * f.pairs, axis=2)
     d_factors = Factors(
         pairs=d_decayed * k[:, :, None],
         onto_query=sum(d_queries[:, :, :, s] * x[:, :, :, s] for s in range(S)),

@@ -1,7 +1,7 @@
 """Chunk by chunk: matrix products inside a chunk, one state carried between chunks, the body rematerialised.
 
-Letters: B rows, J chunks, C tokens of a chunk, G query/key heads, R value heads of each, H = G R, K key dim,
-V value dim.
+Letters: B rows, J chunks, C tokens of a chunk, H value heads, Y = B H, X = B Hk rows and query/key heads, R = H / Hk,
+K key dim, V value dim.
 """
 
 from typing import Any
@@ -11,15 +11,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from mlt_kernels import segments
-from mlt_kernels.linear_recurrence import _decay
+from mlt_kernels.linear_recurrence import NormalizedState, _decay
 from mlt_kernels.linear_recurrence._blocks import solve
+from mlt_kernels.linear_recurrence.reference import EMPTY_LOG_SCALE
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def unsupported(*, normalizer: str, **_: Any) -> str | None:
-    if normalizer != "none":
-        return f"normalizer={normalizer!r} is not written"
+def unsupported(**_: Any) -> str | None:
     return None
 
 
@@ -34,7 +33,7 @@ def run(
     log_input: Array | None,
     normalizer: str,
     scale: float,
-    initial_state: Array | None,
+    initial_state: Array | NormalizedState | None,
     segment_ids: Array | None,
     chunk_size: int,
     return_final_state: bool,
@@ -47,65 +46,102 @@ def run(
     low = jnp.result_type(q, k, v)
     wide = jnp.result_type(jnp.float32, *(x for x in (q, k, v, log_decay, beta) if x is not None))
     vector = log_decay is not None and log_decay.ndim == 4
-    if vector and q.shape[2] != H:
-        q, k = (jnp.repeat(x, H // q.shape[2], axis=2) for x in (q, k))
-    G = q.shape[2]
-    R = H // G
+    if vector:
+        q, k = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (q, k))
+    R = H // q.shape[2]
+    normalized = normalizer != "none"
+    floor = 0.0 if normalizer == "mlstm" else EMPTY_LOG_SCALE
 
-    def chunks(x: Array, *heads: int) -> Array:
-        """(B, T, heads, ...) to (J, B, *heads, C, ...); padding becomes 0."""
+    def chunks(x: Array, padding: float = 0.0) -> Array:
+        """(B, T, heads, ...) to (J, B heads, C, ...), with `padding` at padding tokens."""
         if segment_ids is not None:
-            x = jnp.where((segment_ids != 0).reshape(B, T, *[1] * (x.ndim - 2)), x, 0)
-        x = jnp.pad(x, [(0, 0), (0, J * C - T)] + [(0, 0)] * (x.ndim - 2))
-        x = x.reshape(B, J, C, *heads, *x.shape[3:])
-        x = jnp.moveaxis(x, 2, 2 + len(heads))
-        return jnp.moveaxis(x, 1, 0)
+            x = jnp.where((segment_ids != 0).reshape(B, T, *[1] * (x.ndim - 2)), x, padding)
+        x = jnp.pad(x, [(0, 0), (0, J * C - T)] + [(0, 0)] * (x.ndim - 2), constant_values=padding)
+        x = jnp.moveaxis(x.reshape(B, J, C, *x.shape[2:]), (1, 3), (0, 2))
+        return x.reshape(J, -1, C, *x.shape[4:])
 
-    xs = {"q": chunks(q, G), "k": chunks(k, G), "v": chunks(v, G, R)}
+    xs = {"q": chunks(q), "k": chunks(k), "v": chunks(v)}
     if log_decay is not None:
-        g = jnp.maximum(jnp.broadcast_to(log_decay, (B, T, H, *log_decay.shape[3:])), _decay.LOWEST)
-        xs["g"] = chunks(g, H) if vector else chunks(g, G, R)
-    if log_input is not None:
+        g = jnp.broadcast_to(log_decay, (B, T, H, *log_decay.shape[3:]))
+        xs["g"] = chunks(jnp.maximum(g, _decay.LOWEST))
+    elif normalized:
+        xs["g"] = chunks(jnp.zeros((B, T, H), wide))
+    if normalized:
+        gate = jnp.zeros((B, T, H), wide) if log_input is None else log_input
+        xs["log_input"] = chunks(gate, EMPTY_LOG_SCALE)
+    elif log_input is not None:
         beta = jnp.exp(log_input) if beta is None else beta * jnp.exp(log_input)
     if beta is not None:
-        xs["beta"] = chunks(beta, G, R)[..., None]
+        xs["beta"] = chunks(beta)
     if segment_ids is not None:
         document_BT = jnp.pad(segments.documents(segment_ids), [(0, 0), (0, J * C - T)], mode="edge")
         xs["document"] = jnp.moveaxis(document_BT.reshape(B, J, C), 1, 0)
-        before_B = jnp.zeros((1, B), jnp.int32)
-        xs["entered"] = jnp.concatenate([before_B, xs["document"][:-1, :, -1]])
+        xs["entered"] = jnp.concatenate([jnp.zeros((1, B), jnp.int32), xs["document"][:-1, :, -1]])
 
-    def dot(spec: str, a: Array, b: Array) -> Array:
-        return jnp.einsum(spec, a.astype(low), b.astype(low), precision=HIGHEST, preferred_element_type=wide)
+    def dot(a: Array, b: Array) -> Array:
+        return jnp.matmul(a.astype(low), b.astype(low), precision=HIGHEST, preferred_element_type=wide)
 
-    def chunk(state_BGRKV: Array, xs: dict[str, Array]) -> tuple[Array, tuple[Array, Array | None]]:
-        q_BGCK, k_BGCK, v_BGRCV = xs["q"], xs["k"], xs["v"]
-        masks = _decay.chunk_masks(C, xs.get("document"), xs.get("entered"))
-        if log_decay is None:
-            decay = _decay.no_decay(masks, wide)
+    def full_dot(a: Array, b: Array) -> Array:
+        return jnp.matmul(a.astype(wide), b.astype(wide), precision=HIGHEST)
+
+    def chunk(carry: tuple[Array, ...], xs: dict[str, Array]) -> tuple[tuple[Array, ...], tuple[Array, Any]]:
+        state_YKV = carry[0]
+        q_XCK, k_XCK, v_YCV = xs["q"], xs["k"], xs["v"]
+        q_YCK, k_YCK = (_decay.repeat_heads(x, R) for x in (q_XCK, k_XCK))
+        masks = _decay.chunk_masks(C, H, xs.get("document"), xs.get("entered"))
+        if normalized:
+            decay, scale_YC = _decay.scaled_decay(xs["g"], masks, R, xs["log_input"], carry[2], floor)
+        elif vector:
+            decay = _decay.vector_decay(xs["g"], masks)
+        elif log_decay is None:
+            decay = _decay.no_decay(masks, R, wide)
         else:
-            decay = (_decay.vector_decay if vector else _decay.scalar_decay)(xs["g"], masks)
+            decay = _decay.scalar_decay(xs["g"], masks, R)
+
         if rule == "delta":
-            v_BGRCV = v_BGRCV - decay.read(k_BGCK, state_BGRKV, dot)
-        write_BGRCV = v_BGRCV * xs["beta"] if beta is not None else v_BGRCV
+            v_YCV = v_YCV - decay.read(k_YCK, state_YKV, dot)
+        write_YCV = _decay.scale_rows(v_YCV, xs["beta"]) if beta is not None else v_YCV
         if rule == "delta":
-            scores_BGRCC, overlap_BGRCC = decay.scores([q_BGCK, k_BGCK], k_BGCK, dot)
+            scores_YCC, overlap_YCC = decay.scores([q_XCK, k_XCK], k_XCK, dot)
             if beta is not None:
-                overlap_BGRCC = overlap_BGRCC * xs["beta"]
-            write_BGRCV = solve(jnp.tril(overlap_BGRCC, -1), write_BGRCV)
+                overlap_YCC = _decay.scale_rows(overlap_YCC, xs["beta"])
+            write_YCV = solve(jnp.tril(overlap_YCC, -1), write_YCV)
         else:
-            (scores_BGRCC,) = decay.scores([q_BGCK], k_BGCK, dot)
-        o_BGRCV = decay.read(q_BGCK, state_BGRKV, dot) + dot("bgrij,bgrjv->bgriv", scores_BGRCC, write_BGRCV)
-        entering = state_BGRKV if return_chunk_states else None
-        return decay.update(state_BGRKV, k_BGCK, write_BGRCV, dot), ((o_BGRCV * scale).astype(v.dtype), entering)
+            (scores_YCC,) = decay.scores([q_XCK], k_XCK, dot)
+        o_YCV = scale * (decay.read(q_YCK, state_YKV, dot) + dot(scores_YCC, write_YCV))
+        leaving = (decay.update(state_YKV, k_YCK, write_YCV, dot),)
+        if normalized:
+            one_YC1 = xs["beta"][..., None] if beta is not None else jnp.ones((B * H, C, 1), wide)
+            sum_YC1 = decay.read(q_YCK, carry[1][..., None], full_dot) + full_dot(scores_YCC, one_YC1)
+            sum_YC1 = scale * sum_YC1
+            if normalizer == "mlstm":
+                sum_YC1 = jnp.maximum(jnp.abs(sum_YC1), jnp.exp(-scale_YC)[..., None])
+            o_YCV = o_YCV / jnp.where(sum_YC1 == 0, 1, sum_YC1)
+            key_sum_YK1 = decay.update(carry[1][..., None], k_YCK, one_YC1, full_dot)
+            leaving = (*leaving, key_sum_YK1[..., 0], scale_YC[:, -1])
+        return leaving, (o_YCV.astype(v.dtype), state_YKV if return_chunk_states else None)
 
-    state = jnp.zeros((B, H, K, V), wide) if initial_state is None else initial_state.astype(wide)
-    step = jax.checkpoint(chunk, prevent_cse=False)
-    state, (o, entering) = jax.lax.scan(step, state.reshape(B, G, R, K, V), xs)
-    o_BTHV = jnp.transpose(o, (1, 0, 4, 2, 3, 5)).reshape(B, J * C, H, V)[:, :T]
-    result = [o_BTHV]
+    carry = _start(initial_state, B, H, K, V, normalizer, wide)
+    carry, (o_JYCV, entering) = jax.lax.scan(jax.checkpoint(chunk, prevent_cse=False), carry, xs)
+    o_BTHV = jnp.moveaxis(o_JYCV.reshape(J, B, H, C, V), (0, 3), (1, 2)).reshape(B, J * C, H, V)[:, :T]
+    result: list[Any] = [o_BTHV]
     if return_final_state:
-        result.append(state.reshape(B, H, K, V))
+        final = [x.reshape(B, H, *x.shape[1:]) for x in carry]
+        result.append(NormalizedState(*final) if normalized else final[0])
     if return_chunk_states:
-        result.append(jnp.moveaxis(entering, 0, 1).reshape(B, J, H, K, V))
+        result.append(jnp.moveaxis(entering.reshape(J, B, H, K, V), 0, 1))
     return result[0] if len(result) == 1 else tuple(result)
+
+
+def _start(
+    state: Array | NormalizedState | None, B: int, H: int, K: int, V: int, normalizer: str, dtype: Any
+) -> tuple[Array, ...]:
+    """The carry before the first chunk: state (Y, K, V) and, normalised, key sum (Y, K) and log scale (Y,)."""
+    if state is not None:
+        parts = (state,) if normalizer == "none" else tuple(state)
+        return tuple(x.astype(dtype).reshape(B * H, *x.shape[2:]) for x in parts)
+    value = jnp.zeros((B * H, K, V), dtype)
+    if normalizer == "none":
+        return (value,)
+    empty = EMPTY_LOG_SCALE if normalizer == "sum" else 0.0
+    return value, jnp.zeros((B * H, K), dtype), jnp.full((B * H,), empty, dtype)

@@ -84,10 +84,10 @@ def run(
         o_BHV = jnp.einsum("bhk,bhkv->bhv", q_BHK, new_S_BHKV)
         real = real_B[:, None]
         if normalizer != "none":
-            sum_BH = jnp.where(real, jnp.einsum("bhk,bhk->bh", q_BHK, new_n_BHK), 1)
+            sum_BH = jnp.einsum("bhk,bhk->bh", q_BHK, new_n_BHK)
             if normalizer == "mlstm":
                 sum_BH = jnp.maximum(jnp.abs(sum_BH), jnp.exp(-new_m_BH))
-            o_BHV = o_BHV / sum_BH[..., None]
+            o_BHV = o_BHV / jnp.where(sum_BH == 0, 1, sum_BH)[..., None]
         carry = (
             jnp.where(real[..., None, None], new_S_BHKV, S_BHKV),
             jnp.where(real[..., None], new_n_BHK, n_BHK),

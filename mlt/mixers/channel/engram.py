@@ -12,11 +12,11 @@ from mlt_kernels import row_lookup
 from mlt.config.problems import Problem
 from mlt.errors import UserError
 from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, Mixer, keep_where, resume_segment, save_point
-from mlt.mixers.channel.engram_hash import NgramTables, compression_map, multipliers, ngram_rows, ngram_tables, split_words
 from mlt.nn.conv import CausalConv
 from mlt.nn.linear import Linear
+from mlt.nn.ngram_hash import NgramTables, compression_map, multipliers, ngram_rows, ngram_tables, split_words
 from mlt.nn.norm import RMSNorm
-from mlt.nn.param import buffer, fan_in, given, normal, param, zeros
+from mlt.nn.param import Buffer, buffer, fan_in, given, normal, param, zeros
 
 ROW_MULTIPLE = 1024
 """The flat table is padded to a multiple of this many rows, so that it splits over any likely number of devices."""
@@ -134,10 +134,7 @@ class EngramMixer(Mixer):
         token_map_V = _token_map(config, info)
         num_compressed = info.vocab_size if token_map_V is None else int(token_map_V.max()) + 1
         words_N2 = split_words(multipliers(num_compressed, config.max_ngram, config.layer_id, config.seed))
-        map_text = f"compression of {info.vocab_size} tokens to {num_compressed}"
-        self.token_map = (
-            buffer((info.vocab_size,), (None,), given(token_map_V, map_text), dtype="int32") if config.compress_tokens else None
-        )
+        self.token_map = None if token_map_V is None else _map_buffer(token_map_V, num_compressed)
         self.multipliers = buffer(words_N2.shape, (None, None), given(words_N2, "hash multipliers"), dtype="uint32")
         self.table = param((_padded(self.tables.num_rows), h), ("memory", None), normal(0.02), group="table")
         rows, stream = (("heads", s), ("head_dim", h)), (("embed", d),)
@@ -150,7 +147,7 @@ class EngramMixer(Mixer):
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
         gated_BTD = self._gated(x_BTD, self.rows(self.compressed(ctx.token_ids), ctx.segment_ids))
-        if self.conv is None:
+        if self.conv is None or self.conv_norm is None:
             return gated_BTD, {}
         return gated_BTD + self.conv(self.conv_norm(gated_BTD), self._conv_segments(ctx.segment_ids)), {}
 
@@ -170,7 +167,7 @@ class EngramMixer(Mixer):
         gated_BTD = self._gated(x_BTD, self.rows(ids, segments)[:, past:])
         ends = (segments[:, -past:] == segments[:, -1:]) | self.config.cross_document
         new = {"ids": jnp.where(ends, ids[:, -past:], -1), "segment": ctx.segment_ids[:, -1]}
-        if self.conv is None:
+        if self.conv is None or self.conv_norm is None:
             return gated_BTD, new
         halo = keep_where(keep, state["halo"])
         mixed, new["halo"] = self.conv.step(self.conv_norm(gated_BTD), self._conv_segments(ctx.segment_ids), halo)
@@ -231,6 +228,11 @@ def _token_map(config: Engram, info: BuildInfo) -> np.ndarray | None:
     token_map_V = _compression(info.token_strings)
     unused = np.full(info.vocab_size - known, token_map_V[config.pad_token_id], np.int32)
     return np.concatenate([token_map_V, unused])
+
+
+def _map_buffer(token_map_V: np.ndarray, num_compressed: int) -> Buffer:
+    text = f"compression of {token_map_V.size} tokens to {num_compressed}"
+    return buffer(token_map_V.shape, (None,), given(token_map_V, text), dtype="int32")
 
 
 @functools.lru_cache(maxsize=4)
