@@ -16,6 +16,3 @@ def starts(segment_ids_BT: Array) -> Array:
     return jnp.concatenate([first, changed], axis=1) & (segment_ids_BT != 0)
 
 
-def documents(segment_ids_BT: Array) -> Array:
-    """(B, T) int32 ordinal of each token's document in its row, from 0; padding takes that of the tokens before."""
-    return jnp.cumsum(starts(segment_ids_BT).astype(jnp.int32), axis=1)

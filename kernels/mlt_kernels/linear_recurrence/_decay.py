@@ -32,15 +32,16 @@ class Masks(NamedTuple):
     carried_YC: Array | None  # token of the document the chunk was entered with; None is all
 
 
-def chunk_masks(length: int, heads: int, document_BC: Array | None, entered_B: Array | None) -> Masks:
-    """Masks from the document ordinals of the chunk's tokens and of the token before it."""
-    lower_CC = jnp.tril(jnp.ones((length, length), bool))
-    if document_BC is None or entered_B is None:
+def chunk_masks(length: int, first_YC: Array | None) -> Masks:
+    """Masks from the place in the chunk of the first token of each token's document, negative if before the chunk.
+
+    Comparing places, not document numbers, lets XLA fuse the mask into what it masks.
+    """
+    place = jnp.arange(length)
+    lower_CC = place[:, None] >= place
+    if first_YC is None:
         return Masks(lower_CC[None], None)
-    document_YC = jnp.repeat(document_BC, heads, axis=0)
-    entered_Y = jnp.repeat(entered_B, heads, axis=0)
-    same_YCC = document_YC[:, :, None] == document_YC[:, None, :]
-    return Masks(lower_CC & same_YCC, document_YC == entered_Y[:, None])
+    return Masks(lower_CC & (first_YC[:, :, None] <= place), first_YC < 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -153,12 +154,12 @@ def _log_decay(g_YC: Array, masks: Masks) -> tuple[Array, Array]:
     """
     coarse_YC = jax.lax.stop_gradient(jnp.round(g_YC * GRID) / GRID)
     within_YCC = masks.lower_YCC.astype(g_YC.dtype)
-    parts = jnp.stack([coarse_YC, g_YC - coarse_YC])
+    parts_Y2C = jnp.stack([coarse_YC, g_YC - coarse_YC], axis=1)
     if within_YCC.shape[0] == 1:
-        sums = jnp.matmul(parts, within_YCC[0].T, precision=HIGHEST)
+        sums_Y2C = jnp.matmul(parts_Y2C, within_YCC[0].T, precision=HIGHEST)
     else:
-        sums = jnp.einsum("yij,pyj->pyi", within_YCC, parts, precision=HIGHEST)
-    coarse_YC, fine_YC = sums[0], sums[1]
+        sums_Y2C = jnp.matmul(parts_Y2C, jnp.swapaxes(within_YCC, 1, 2), precision=HIGHEST)
+    coarse_YC, fine_YC = sums_Y2C[:, 0], sums_Y2C[:, 1]
     pair_YCC = (coarse_YC[:, :, None] - coarse_YC[:, None, :]) + (fine_YC[:, :, None] - fine_YC[:, None, :])
     # Along the diagonal the two gradients of G cancel; adding them would leave their rounding error.
     pair_YCC = jnp.where(jnp.eye(g_YC.shape[1], dtype=bool), 0, pair_YCC)

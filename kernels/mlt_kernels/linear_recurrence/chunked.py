@@ -52,31 +52,34 @@ def run(
     normalized = normalizer != "none"
     floor = 0.0 if normalizer == "mlstm" else EMPTY_LOG_SCALE
 
-    def chunks(x: Array, padding: float = 0.0) -> Array:
-        """(B, T, heads, ...) to (J, B heads, C, ...), with `padding` at padding tokens."""
-        if segment_ids is not None:
-            x = jnp.where((segment_ids != 0).reshape(B, T, *[1] * (x.ndim - 2)), x, padding)
-        x = jnp.pad(x, [(0, 0), (0, J * C - T)] + [(0, 0)] * (x.ndim - 2), constant_values=padding)
+    def real(x: Array, padding: float = 0.0) -> Array:
+        """`x` (B, T, ...) with `padding` at padding tokens."""
+        if segment_ids is None:
+            return x
+        return jnp.where((segment_ids != 0).reshape(B, T, *[1] * (x.ndim - 2)), x, padding)
+
+    def chunks(x: Array, **padding: Any) -> Array:
+        """(B, T, heads, ...) to (J, B heads, C, ...)."""
+        x = jnp.pad(x, [(0, 0), (0, J * C - T)] + [(0, 0)] * (x.ndim - 2), **padding)
         x = jnp.moveaxis(x.reshape(B, J, C, *x.shape[2:]), (1, 3), (0, 2))
         return x.reshape(J, -1, C, *x.shape[4:])
 
-    xs = {"q": chunks(q), "k": chunks(k), "v": chunks(v)}
+    xs = {"q": chunks(real(q)), "k": chunks(real(k)), "v": chunks(real(v))}
     if log_decay is not None:
         g = jnp.broadcast_to(log_decay, (B, T, H, *log_decay.shape[3:]))
-        xs["g"] = chunks(jnp.maximum(g, _decay.LOWEST))
+        xs["g"] = chunks(real(jnp.maximum(g, _decay.LOWEST)))
     elif normalized:
         xs["g"] = chunks(jnp.zeros((B, T, H), wide))
     if normalized:
         gate = jnp.zeros((B, T, H), wide) if log_input is None else log_input
-        xs["log_input"] = chunks(gate, EMPTY_LOG_SCALE)
+        xs["log_input"] = chunks(real(gate, EMPTY_LOG_SCALE), constant_values=EMPTY_LOG_SCALE)
     elif log_input is not None:
         beta = jnp.exp(log_input) if beta is None else beta * jnp.exp(log_input)
     if beta is not None:
         xs["beta"] = chunks(beta)
     if segment_ids is not None:
-        document_BT = jnp.pad(segments.documents(segment_ids), [(0, 0), (0, J * C - T)], mode="edge")
-        xs["document"] = jnp.moveaxis(document_BT.reshape(B, J, C), 1, 0)
-        xs["entered"] = jnp.concatenate([jnp.zeros((1, B), jnp.int32), xs["document"][:-1, :, -1]])
+        first_BTH = jnp.broadcast_to(_first_places(segment_ids, C)[..., None], (B, T, H))
+        xs["first"] = chunks(first_BTH, mode="edge")
 
     def dot(a: Array, b: Array) -> Array:
         return jnp.matmul(a.astype(low), b.astype(low), precision=HIGHEST, preferred_element_type=wide)
@@ -88,7 +91,7 @@ def run(
         state_YKV = carry[0]
         q_XCK, k_XCK, v_YCV = xs["q"], xs["k"], xs["v"]
         q_YCK, k_YCK = (_decay.repeat_heads(x, R) for x in (q_XCK, k_XCK))
-        masks = _decay.chunk_masks(C, H, xs.get("document"), xs.get("entered"))
+        masks = _decay.chunk_masks(C, xs.get("first"))
         if normalized:
             decay, scale_YC = _decay.scaled_decay(xs["g"], masks, R, xs["log_input"], carry[2], floor)
         elif vector:
@@ -145,3 +148,13 @@ def _start(
         return (value,)
     empty = EMPTY_LOG_SCALE if normalizer == "sum" else 0.0
     return value, jnp.zeros((B * H, K), dtype), jnp.full((B * H,), empty, dtype)
+
+
+def _first_places(segment_ids_BT: Array, length: int) -> Array:
+    """(B, T): place in its chunk of the first token of each token's document, -1 if the chunk was entered with it."""
+    B, T = segment_ids_BT.shape
+    start_BT = jnp.pad(segments.starts(segment_ids_BT), [(0, 0), (0, -T % length)])
+    place = jnp.arange(length)
+    start_BJC = start_BT.reshape(B, -1, length)
+    earlier = jnp.where(start_BJC[:, :, None] & (place <= place[:, None]), place, -1)
+    return jnp.max(earlier, axis=3).reshape(B, -1)[:, :T]
