@@ -17,13 +17,14 @@ from mlt.mixers.sequence.gated_delta import GatedDelta
 from mlt.mixers.sequence.mamba2 import Mamba2
 from mlt.model.block import Block
 from mlt.model.lm import LMConfig
+from mlt.model.remat import Remat
 from mlt.model.stack import Stack
 from mlt.optim.adamw import AdamW
 from mlt.optim.schedule import WarmupCosine
 from mlt.report.sinks import LogConfig
 
 
-def config(width: int = 128, steps: int = 120, sequence_length: int = 512, batch_size: int = 4) -> RunConfig:
+def config(width: int = 128, steps: int = 100, sequence_length: int = 512, batch_size: int = 4) -> RunConfig:
     heads = width // 32
     delta = GatedDelta(num_heads=heads, key_dim=32)
     ssd = Mamba2(num_heads=2 * heads, head_dim=32, state_dim=32)
@@ -47,8 +48,9 @@ def config(width: int = 128, steps: int = 120, sequence_length: int = 512, batch
         train=TrainConfig(steps=steps, compute_dtype="float32"),
         optimizer=AdamW(learning_rate=3e-3),
         schedule=WarmupCosine(warmup_steps=20),
+        remat=Remat(mode="none"),
         checkpoint=CheckpointConfig(every_steps=50),
-        evaluation=EvalConfig(every_steps=100, max_rows=64),
+        evaluation=EvalConfig(every_steps=50, max_rows=64),
         sample=SampleConfig(prompt="def ", tokens=200),
         log=LogConfig(every_steps=5),
     )

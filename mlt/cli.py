@@ -114,13 +114,16 @@ def _load(path: Path, args: tuple[str, ...], sets: tuple[str, ...]):
 
 def main() -> None:
     """Run the command; turn known failures into one message and an exit code."""
-    from mlt.errors import Preempted, UserError
+    from mlt.errors import Preempted, RunFailed, UserError
 
     try:
         cli(standalone_mode=True)
     except UserError as error:
         click.echo(f"mlt: {error}", err=True)
         sys.exit(EXIT_USER)
+    except RunFailed as error:
+        click.echo(f"mlt: {error}", err=True)
+        sys.exit(1)
     except Preempted as stop:
         click.echo(f"mlt: {stop}", err=True)
         sys.exit(EXIT_PREEMPTED)

@@ -1,4 +1,4 @@
-"""The two kinds of failure a user meets, apart from bugs."""
+"""The failures a user meets, apart from bugs."""
 
 
 class UserError(Exception):
@@ -6,6 +6,10 @@ class UserError(Exception):
 
     The message names what happened, to which path and value, the rule, and what to do next.
     """
+
+
+class RunFailed(Exception):
+    """The run cannot go on, through no fault of the command line. The command prints the message and exits with 1."""
 
 
 class Preempted(Exception):

@@ -3,10 +3,20 @@
 Every op has a plain `reference`, a portable `chunked` form and, where it pays, hardware backends; see `dispatch`.
 """
 
-import importlib
+from mlt_kernels.attention import attention
+from mlt_kernels.causal_conv import causal_conv
+from mlt_kernels.cross_entropy import cross_entropy
+from mlt_kernels.diagonal_recurrence import diagonal_recurrence
+from mlt_kernels.grouped_matmul import grouped_matmul
+from mlt_kernels.linear_recurrence import linear_recurrence
+from mlt_kernels.row_lookup import row_lookup
 
-for _name in ("attention", "causal_conv", "cross_entropy", "diagonal_recurrence", "grouped_matmul", "linear_recurrence", "row_lookup"):
-    try:
-        globals()[_name] = getattr(importlib.import_module(f"{__name__}.{_name}"), _name)
-    except (ImportError, AttributeError, SyntaxError):  # interim
-        pass
+__all__ = [
+    "attention",
+    "causal_conv",
+    "cross_entropy",
+    "diagonal_recurrence",
+    "grouped_matmul",
+    "linear_recurrence",
+    "row_lookup",
+]

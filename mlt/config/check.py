@@ -1,30 +1,45 @@
 """Rules that span sections of a run. All problems are collected, then reported at once."""
 
+import difflib
 from collections.abc import Iterator
 
-from mlt.config.problems import ConfigError, Problem, collect_problems
+from mlt_kernels import dispatch
+
+from mlt.config.dump import to_yaml
+from mlt.config.problems import ConfigError, Problem, collect_problems, walk
 from mlt.config.run import RunConfig
+from mlt.mixers.base import MixerConfig
+from mlt.parallel.rules import Rules
 
 
 def check_run(config: RunConfig) -> None:
     """Refuse a config that cannot run, before any device is touched, file written or document read.
 
     Raises:
-        ConfigError: every problem of every section and between them.
+        ConfigError: every problem of every section and between them, missing files included.
+        UserError: the config cannot be saved.
     """
     problems = [*collect_problems(config), *cross_section_problems(config)]
     if problems:
         raise ConfigError(problems)
+    to_yaml(config)
 
 
 def cross_section_problems(config: RunConfig) -> Iterator[Problem]:
     """Problems between sections, each with its way out."""
     yield from _batch(config)
+    yield from _kernels(config)
+    try:
+        config.data.check_files()
+    except ConfigError as error:
+        # What follows needs the tokenizer.
+        yield from error.problems
+        return
     tokenizer_vocab = config.data.tokenizer.vocab_size
     if config.model.vocab_size < tokenizer_vocab:
         rule = f"is smaller than the tokenizer's {tokenizer_vocab}"
         yield Problem("model.vocab_size", config.model.vocab_size, rule, f"use {tokenizer_vocab} or more")
-    yield from _tensor_shards(config)
+    yield from _shards(config)
 
 
 def _batch(config: RunConfig) -> Iterator[Problem]:
@@ -37,15 +52,24 @@ def _batch(config: RunConfig) -> Iterator[Problem]:
         yield Problem("data.batch_size", batch, rule, f"use {ways}")
 
 
-def _tensor_shards(config: RunConfig) -> Iterator[Problem]:
-    """Sizes that tensor and expert shards must divide, read from the described parameters."""
-    if config.mesh.num_devices == 1 or any(collect_problems(config.model)):
-        return
-    from mlt.nn.param import named_leaves
-    from mlt.parallel.rules import Rules
+def _kernels(config: RunConfig) -> Iterator[Problem]:
+    """Backends that are asked for by a name that their op does not have."""
+    for path, node in walk(config.model, "model"):
+        name = getattr(node, "kernel", None)
+        if not isinstance(node, MixerConfig) or node.op is None or name is None:
+            continue
+        names = dispatch.selectable(node.op)
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            ways = (f"did you mean {near[0]!r}? " if near else "") + f"{node.op} has {', '.join(names)}; None takes the best"
+            yield Problem(f"{path}.kernel", name, f"is no backend of {node.op}", ways)
 
+
+def _shards(config: RunConfig) -> Iterator[Problem]:
+    """Sizes that tensor and expert shards must divide, read from the described parameters."""
+    if config.mesh.num_devices <= 1 or collect_problems(config.model) or collect_problems(config.mesh):
+        return
     rules = Rules(config.mesh.abstract())
     specs = config.model.build(config.data.tokenizer.token_strings())
-    for name, spec in named_leaves(specs):
-        for line in rules.indivisible(name, spec):
-            yield Problem("mesh", config.mesh.shape(), line)
+    for axes, shards, rule, ways_out in rules.indivisible(specs):
+        yield Problem(f"mesh.{axes}", shards, rule, ways_out)

@@ -112,6 +112,9 @@ class Mixer(nnx.Module):
 class MixerConfig(Config):
     """Names, validates and builds a mixer."""
 
+    op: ClassVar[str | None] = None
+    """The op whose backend `kernel` names, for mixers that have such a field."""
+
     pre_norm: ClassVar[bool] = True
     """Whether the block normalizes the stream before the mixer; False where the mixer norms its own input."""
 

@@ -64,10 +64,10 @@ class BlockModule(nnx.Module):
     def __init__(self, config: Block, info: BuildInfo):
         self.sub_layers = nnx.List([SubLayer(mixer, config, info) for mixer in config.mixers])
 
-    def __call__(self, x_BTD: jax.Array, ctx: Context, remat: Remat) -> tuple[jax.Array, list[Aux]]:
+    def __call__(self, x_BTD: jax.Array, ctx: Context, remat: Remat, *, in_loop: bool) -> tuple[jax.Array, list[Aux]]:
         auxes = []
         for sub_layer in self.sub_layers:
-            run = remat.apply(lambda layer, x, c: layer(x, c))
+            run = remat.apply(lambda layer, x, c: layer(x, c), in_loop=in_loop)
             x_BTD, aux = run(sub_layer, x_BTD, ctx)
             auxes.append(aux)
         return x_BTD, auxes

@@ -43,6 +43,8 @@ class LMConfig(Config):
         for name in ("d_model", "vocab_size"):
             if getattr(self, name) < 1:
                 yield Problem(name, getattr(self, name), "must be at least 1")
+        if self.logit_softcap is not None and self.logit_softcap <= 0:
+            yield Problem("logit_softcap", self.logit_softcap, "must be positive", "None turns it off")
 
     def info(self, token_strings: tuple[str, ...] | None = None) -> BuildInfo:
         """What the mixers may know of this model."""

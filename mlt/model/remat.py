@@ -50,8 +50,14 @@ class Remat(Config):
         fate |= dict.fromkeys(self.save, "save") | dict.fromkeys(self.offload, "offload to pinned host")
         return [f"{name}: {what}" for name, what in fate.items()]
 
-    def apply(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """`fn` with this policy on its backward pass."""
+    def apply(self, fn: Callable[..., Any], *, in_loop: bool) -> Callable[..., Any]:
+        """`fn` with this policy on its backward pass.
+
+        Args:
+            fn: a pure function.
+            in_loop: it runs in the body of a scan of more than one round. Anywhere else the compiler would find the
+                recomputation equal to the first computation and keep that, so it is hidden from it.
+        """
         if self.mode == "none":
             return fn
         if self.offload:
@@ -63,4 +69,4 @@ class Remat(Config):
             )
         else:
             policy = jax.checkpoint_policies.save_only_these_names(*self.save)
-        return jax.checkpoint(fn, policy=policy, prevent_cse=False)
+        return jax.checkpoint(fn, policy=policy, prevent_cse=not in_loop)

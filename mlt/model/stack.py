@@ -4,6 +4,7 @@ Every block of the period has its own parameters in every repeat; only the progr
 therefore compiles one period, not one program per layer.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,12 +73,13 @@ class StackModule(nnx.Module):
         self.tail = nnx.List([block.build(info) for block in config.tail])
 
     def __call__(self, x_BTD: jax.Array, ctx: Context, remat: Remat) -> tuple[jax.Array, StackAux]:
-        def period(x: jax.Array, blocks: list[BlockModule]) -> tuple[jax.Array, list[list[Aux]]]:
-            return _run(blocks, x, lambda block, x: block(x, ctx, remat))
+        def run(x: jax.Array, blocks: list[BlockModule], in_loop: bool = False) -> tuple[jax.Array, list[list[Aux]]]:
+            return _run(blocks, x, lambda block, x: block(x, ctx, remat, in_loop=in_loop))
 
-        x_BTD, head = period(x_BTD, list(self.head))
+        period = functools.partial(run, in_loop=self.config.repeats > 1)
+        x_BTD, head = run(x_BTD, list(self.head))
         x_BTD, scanned = jax.lax.scan(period, x_BTD, list(self.period)) if self.period else (x_BTD, [])
-        x_BTD, tail = period(x_BTD, list(self.tail))
+        x_BTD, tail = run(x_BTD, list(self.tail))
         return x_BTD, {"head": head, "period": scanned, "tail": tail}
 
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> dict[str, Any]:

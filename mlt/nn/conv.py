@@ -14,6 +14,7 @@ class CausalConv(nnx.Module):
     Args:
         axes: (logical axis, size) of each channel dim; x is (B, T, *channels).
         width: number of taps; the last one reads the current token.
+        backend: implementation of the op; None takes the best available.
     """
 
     def __init__(
@@ -25,7 +26,9 @@ class CausalConv(nnx.Module):
         activation: str | None = "silu",
         bias: bool = False,
         init: Init | None = None,
+        backend: str | None = None,
     ):
+        self.backend = backend
         names, sizes = zip(*axes, strict=True)
         self.channels, self.width, self.dilation, self.activation = sizes, width, dilation, activation
         init = init or uniform(-(width**-0.5), width**-0.5)
@@ -59,6 +62,7 @@ class CausalConv(nnx.Module):
             segment_ids=segment_ids_BT,
             halo=None if halo is None else halo.reshape(*halo.shape[:2], -1),
             return_halo=halo is not None,
+            implementation=self.backend,
         )
         if halo is None:
             return out.reshape(x.shape)

@@ -146,7 +146,8 @@ def path_name(path: tuple[Any, ...]) -> str:
         if part is None:
             part = getattr(key, "idx", key)
         parts.append(str(part))
-    return ".".join(part for part in parts if part != "value")
+    # The last step of a path is from a variable to what it holds.
+    return ".".join(parts[:-1] if parts[-1:] == ["value"] else parts)
 
 
 def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:

@@ -1,13 +1,14 @@
 """One table from logical axes to mesh axes, and the shardings that follow from it."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mlt.errors import UserError
-from mlt.nn.param import ParamSpec, named_leaves
+from mlt.nn.param import named_leaves
 
 LOGICAL_TO_MESH: dict[str, tuple[str, ...]] = {
     "batch": ("replica", "fsdp", "expert"),
@@ -73,25 +74,35 @@ class Rules:
         """The tree of shardings of a described module.
 
         Raises:
-            UserError: a parameter's size does not divide by the shards of its axis; every such parameter is listed.
+            UserError: a parameter's size does not divide by the shards of its axis; every such size is listed.
         """
         if self.mesh is None:
             raise ValueError("param_shardings needs a mesh")
-        problems = [line for name, spec in named_leaves(module) for line in self.indivisible(name, spec)]
+        problems = self.indivisible(module)
         if problems:
-            raise UserError("the model does not fit this mesh:\n" + "\n".join(f"  {line}" for line in problems))
+            lines = [f"  mesh.{axes} = {shards}: {rule}; {ways}" for axes, shards, rule, ways in problems]
+            raise UserError("the model does not fit this mesh:\n" + "\n".join(lines))
         return jax.tree.map(lambda spec: self.sharding(spec.axes), module)
 
-    def indivisible(self, name: str, spec: ParamSpec) -> list[str]:
-        """What is wrong with laying this parameter out on the mesh: one line per dim that does not divide."""
-        lines = []
-        for axis, size in zip(spec.axes, spec.shape, strict=True):
-            shards = 1 if axis is None else self.size(axis)
-            if size % shards:
-                mesh_axes = "*".join(LOGICAL_TO_MESH[axis])
-                ways = [str(n) for n in range(1, size + 1) if size % n == 0 and n < shards][-4:]
-                lines.append(
-                    f"{name}: its {axis} dim of {size} does not divide by {mesh_axes}={shards}; "
-                    f"use {mesh_axes} in {{{', '.join(ways)}}} or a size that is a multiple of {shards}"
-                )
-        return lines
+    def indivisible(self, module: Any) -> list[tuple[str, int, str, str]]:
+        """What of a described module cannot be laid out: (mesh axes, shards, rule, ways out), one for each mesh axis."""
+        found: dict[str, dict[tuple[str, int], list[str]]] = {}
+        for name, spec in named_leaves(module):
+            for axis, size in zip(spec.axes, spec.shape, strict=True):
+                if axis is not None and size % self.size(axis):
+                    sizes = found.setdefault(axis, {})
+                    sizes.setdefault((axis, size), []).append(name)
+        by_mesh: dict[str, dict[tuple[str, int], list[str]]] = {}
+        for axis, sizes in found.items():
+            by_mesh.setdefault(" * ".join(LOGICAL_TO_MESH[axis]), {}).update(sizes)
+        return [(axes, *self._describe(sizes)) for axes, sizes in by_mesh.items()]
+
+    def _describe(self, sizes: dict[tuple[str, int], list[str]]) -> tuple[int, str, str]:
+        shards = self.size(next(iter(sizes))[0])
+        listed = []
+        for (axis, size), names in sorted(sizes.items()):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            listed.append(f"{axis} of {size} ({names[0]}{more})")
+        common = math.gcd(*(size for _, size in sizes))
+        fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0 and n <= 2 * shards)
+        return shards, f"does not divide {', '.join(listed)}", f"use {fitting}, or sizes that are multiples of {shards}"

@@ -14,7 +14,6 @@ def check_text(config: RunConfig, *, params: bool = False) -> str:
         UserError: its files are not there.
     """
     check_run(config)
-    config.data.check_files()
     specs = config.model.build(tuple(config.data.tokenizer.token_strings()))
     text = plan_text(config, specs)
     if params:

@@ -3,7 +3,6 @@
 from mlt_kernels import dispatch
 
 from mlt.config.run import RunConfig
-from mlt.mixers.base import SequenceMixerConfig
 from mlt.model.count import count
 from mlt.model.lm import LM
 
@@ -48,6 +47,8 @@ def _layers(config: RunConfig) -> list[str]:
 
 def _backends(config: RunConfig) -> list[str]:
     """Default backend of every op, and the names that mixers ask for."""
-    asked = {mixer.kernel for mixer in config.model.stack.mixers() if isinstance(mixer, SequenceMixerConfig) and mixer.kernel}
-    defaults = [f"{op}: {dispatch.order(op)[0]}" for op in dispatch.ops()]
-    return defaults + [f"asked for by name: {name}" for name in sorted(asked)]
+    mixers = config.model.stack.mixers()
+    asked = {f"{mixer.op}: {mixer.kernel}" for mixer in mixers if mixer.op is not None and mixer.kernel is not None}
+    used = {mixer.op for mixer in mixers if mixer.op is not None} | {"cross_entropy"}
+    defaults = [f"{op}: {dispatch.order(op)[0]}" for op in sorted(used)]
+    return defaults + [f"asked for by name, {name}" for name in sorted(asked)]

@@ -44,10 +44,15 @@ class Evaluator:
 
     def compile(self, model: Any) -> None:
         """Compile for an abstract or real model, so that the first evaluation does not wait."""
+        if not self.batches:
+            return
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding), self.batches[0])
         self.step = self.step.lower(model, batch).compile()
 
-    def __call__(self, model: LM) -> EvalResult:
+    def __call__(self, model: LM) -> EvalResult | None:
+        """None where no documents are held out."""
+        if not self.batches:
+            return None
         sums = [self.step(model, jax.device_put(batch, self.sharding)) for batch in self.batches]
         nats = float(np.sum([np.asarray(s["nats"], np.float64) for s in sums]))
         weight = float(np.sum([np.asarray(s["weight"], np.float64) for s in sums]))

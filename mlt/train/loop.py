@@ -20,7 +20,7 @@ from mlt.config.check import check_run
 from mlt.config.dump import config_hash, diff, from_yaml, to_yaml
 from mlt.config.run import RunConfig
 from mlt.data.loader import Loader, open_loader
-from mlt.errors import Preempted, UserError
+from mlt.errors import Preempted, RunFailed, UserError
 from mlt.parallel.rules import Rules
 from mlt.plan.text import plan_text
 from mlt.report.console import RunConsole
@@ -33,7 +33,7 @@ from mlt.train.sample import draw_text
 from mlt.train.setup import Setup, prepare
 from mlt.train.signals import StopRequest
 from mlt.train.state import TrainState, abstract_batch, abstract_state, create_state
-from mlt.train.step import train_step
+from mlt.train.step import jit_train_step
 
 STEPS_IN_FLIGHT = 2
 
@@ -46,7 +46,6 @@ def train(config: RunConfig, run_dir: Path) -> None:
         Preempted: a signal asked to stop; the state is saved.
     """
     check_run(config)
-    config.data.check_files()
     rules = Rules(config.mesh.build())
     directory = RunDirectory(run_dir)
     with StopRequest() as stop, directory.lock():
@@ -83,25 +82,25 @@ class Loop:
             self.console.say(f"this run is complete: {steps} steps")
             self._finish(restored.state)
             return
-        with concurrent.futures.ThreadPoolExecutor(2) as pool, open_sinks(self.config.log, self.directory, first) as sinks:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, open_sinks(self.config.log, self.directory, first) as sinks:
             self.sinks = sinks
             sinks.start(self._facts(first))
-            evaluating = pool.submit(self.evaluator.compile, abstract.model)
             step_fn = self.compile_step(abstract)
+            # While the first steps run, so that the first loss is not kept waiting.
+            self.evaluating = pool.submit(self.evaluator.compile, abstract.model)
             if restored is None:
                 state = create_state(self.setup.specs, self.setup.optimizer, self.setup.rules, self.config.train.seed)
                 loader = open_loader(self.config.data, self.setup.corpus)
             else:
                 state = restored.state
                 loader = open_loader(self.config.data, self.setup.corpus, state=restored.data)
-            evaluating.result()
             self._finish(self.steps(step_fn, state, first, steps, loader))
 
     def steps(self, step_fn: Any, state: TrainState, first: int, last: int, loader: Loader) -> TrainState:
         """Steps first + 1 to last with everything around them; leaves with `Preempted` when asked to stop."""
         config, steps = self.config, self.config.train.steps
         clock = Clock(self.setup.tokens_per_step)
-        in_flight: collections.deque[Any] = collections.deque()
+        in_flight: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         pending: tuple[int, dict[str, jax.Array]] | None = None
         self.console.start(first)
         clock.reset(first)
@@ -114,9 +113,9 @@ class Loop:
                 if pending is not None:
                     self._log(*pending, clock)
                     pending = None
-                in_flight.append(metrics)
+                in_flight.append((step, metrics))
                 if len(in_flight) > STEPS_IN_FLIGHT:
-                    jax.block_until_ready(in_flight.popleft())
+                    self._check_finite(*in_flight.popleft())
                 if step % config.log.every_steps == 0 or step in (1, steps):
                     pending = (step, metrics)
                 stopping = self.stop.name is not None
@@ -125,6 +124,8 @@ class Loop:
                 if (pausing or saving) and pending is not None:
                     self._log(*pending, clock)
                     pending = None
+                while (pausing or saving) and in_flight:
+                    self._check_finite(*in_flight.popleft())
                 # Evaluated before it is saved: a kill in between repeats both, one after it loses neither.
                 if pausing:
                     self._evaluate(step, state)
@@ -144,8 +145,7 @@ class Loop:
         started = time.perf_counter()
         data = self.config.data
         batch = abstract_batch(self.setup.rules, data.batch_size, data.sequence_length)
-        step = functools.partial(train_step, optimizer=self.setup.optimizer, options=self.setup.options)
-        compiled = jax.jit(step, donate_argnums=0).lower(abstract, batch).compile()
+        compiled = jit_train_step(abstract, self.setup.optimizer, self.setup.options).lower(abstract, batch).compile()
         self.console.say(f"compiled the step in {time.perf_counter() - started:.1f} s")
         return compiled
 
@@ -182,18 +182,26 @@ class Loop:
         values["train/learning_rate"] = float(self._schedule(step - 1))
         self.sinks.log(step, values)
         self.console.logged(step, values, values["train/loss"] / math.log(2) * self.setup.tokens_per_byte)
-        if not math.isfinite(values["train/loss"]):
-            raise FloatingPointError(
-                f"the loss is {values['train/loss']} at step {step}; checkpoints in {self.directory.checkpoints_path} are from "
-                "before. Lower optimizer.learning_rate, or set train.clip_norm"
-            )
+
+    def _check_finite(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Wait for a step, and stop the run at the first loss or gradient that is not finite: no such state is saved."""
+        for name in ("train/loss", "train/grad_norm"):
+            value = float(metrics[name])
+            if not math.isfinite(value):
+                raise RunFailed(
+                    f"{name} is {value} at step {step}; the checkpoints in {self.directory.checkpoints_path} are from before. "
+                    "Lower optimizer.learning_rate or train.clip_norm, and start a new run"
+                )
 
     @functools.cached_property
     def _schedule(self) -> Any:
         return self.config.schedule.build(self.config.optimizer.learning_rate, self.config.train.steps)
 
     def _evaluate(self, step: int, state: TrainState) -> None:
+        self.evaluating.result()
         result = self.evaluator(state.model)
+        if result is None:
+            return
         self.sinks.log(step, result.metrics())
         self.console.say(
             f"step {step}: held-out loss {result.loss:.3f}, {result.bits_per_byte:.3f} bits per byte "

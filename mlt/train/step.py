@@ -1,6 +1,7 @@
 """The train step and the evaluation step: pure functions of (state, batch)."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -76,6 +77,17 @@ def train_step(
     metrics = {"train/loss": loss, "train/grad_norm": norm}
     metrics |= {f"aux/{name.split('/', 1)[1]}": value for name, value in reduce_aux(aux)[1].items()}
     return TrainState(state.step + 1, model, opt_state, state.key), metrics
+
+
+def jit_train_step(abstract: TrainState, optimizer: optax.GradientTransformation, options: StepOptions) -> Any:
+    """The jitted step. It donates its state and returns the new one laid out as the old one was.
+
+    Args:
+        abstract: shapes and shardings of the state (`abstract_state`).
+    """
+    step = functools.partial(train_step, optimizer=optimizer, options=options)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, None))
 
 
 def _accumulate(gradient, trained, batch, options):

@@ -49,7 +49,7 @@ def test_unknown_argument(mlt, tmp_path):
 
 def test_impossible_mesh(mlt, tmp_path):
     train(mlt, tmp_path, "--set", "mesh.fsdp=4", says=["fsdp=4", "4 devices", "1 cpu"])
-    train(mlt, tmp_path, "--set", "mesh.tensor=3", says=["tensor=3"])
+    train(mlt, tmp_path, "--set", "mesh.tensor=3", says=["mesh.tensor = 3", "heads of 2", "use 1, 2"])
 
 
 def test_missing_config(mlt, tmp_path):

@@ -1,9 +1,7 @@
 """The train step of every config lowers for CUDA and TPU on an abstract mesh of 64 devices, without any of them."""
 
-import functools
 import pathlib
 
-import jax
 import pytest
 from mlt_kernels import dispatch
 
@@ -12,7 +10,7 @@ from mlt.parallel.mesh import Layout
 from mlt.parallel.rules import Rules
 from mlt.train.setup import build_optimizer, describe_model, step_options
 from mlt.train.state import abstract_batch, abstract_state
-from mlt.train.step import train_step
+from mlt.train.step import jit_train_step
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.py"))
@@ -29,7 +27,7 @@ def test_lowers_on_64_devices(path, platform):
     state = abstract_state(specs, optimizer, rules)
     options = step_options(config, rules)
     batch = abstract_batch(rules, LAYOUT.batch_shards, 256)
-    step = jax.jit(functools.partial(train_step, optimizer=optimizer, options=options), donate_argnums=0)
+    step = jit_train_step(state, optimizer, options)
     with dispatch.target_platform("gpu" if platform == "cuda" else "tpu"):
         lowered = step.trace(state, batch).lower(lowering_platforms=(platform,))
     text = lowered.as_text()

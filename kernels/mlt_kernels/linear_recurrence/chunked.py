@@ -13,7 +13,7 @@ from jax import Array
 from mlt_kernels import segments
 from mlt_kernels.linear_recurrence import NormalizedState, _decay
 from mlt_kernels.linear_recurrence._blocks import solve
-from mlt_kernels.linear_recurrence.reference import EMPTY_LOG_SCALE
+from mlt_kernels.linear_recurrence.reference import EMPTY_LOG_SCALE, LARGEST_BOUND
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -118,7 +118,8 @@ def run(
             sum_YC1 = decay.read(q_YCK, carry[1][..., None], full_dot) + full_dot(scores_YCC, one_YC1)
             sum_YC1 = scale * sum_YC1
             if normalizer == "mlstm":
-                sum_YC1 = jnp.maximum(jnp.abs(sum_YC1), jnp.exp(-scale_YC)[..., None])
+                bound_YC = jnp.exp(-jnp.minimum(scale_YC, LARGEST_BOUND))
+                sum_YC1 = jnp.maximum(jnp.abs(sum_YC1), bound_YC[..., None])
             o_YCV = o_YCV / jnp.where(sum_YC1 == 0, 1, sum_YC1)
             key_sum_YK1 = decay.update(carry[1][..., None], k_YCK, one_YC1, full_dot)
             leaving = (*leaving, key_sum_YK1[..., 0], scale_YC[:, -1])

@@ -10,6 +10,9 @@ from mlt_kernels import segments
 from mlt_kernels.linear_recurrence import NormalizedState
 
 EMPTY_LOG_SCALE = -1e30
+"""Log scale of an empty state."""
+LARGEST_BOUND = 40.0
+"""The mLSTM bound exp(-m) stops here: below it is rounding error, and its square must not underflow."""
 
 
 def unsupported(**_: Any) -> str | None:
@@ -86,7 +89,7 @@ def run(
         if normalizer != "none":
             sum_BH = jnp.einsum("bhk,bhk->bh", q_BHK, new_n_BHK)
             if normalizer == "mlstm":
-                sum_BH = jnp.maximum(jnp.abs(sum_BH), jnp.exp(-new_m_BH))
+                sum_BH = jnp.maximum(jnp.abs(sum_BH), jnp.exp(-jnp.minimum(new_m_BH, LARGEST_BOUND)))
             o_BHV = o_BHV / jnp.where(sum_BH == 0, 1, sum_BH)[..., None]
         carry = (
             jnp.where(real[..., None, None], new_S_BHKV, S_BHKV),

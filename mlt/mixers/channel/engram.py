@@ -46,6 +46,7 @@ class Engram(ChannelMixerConfig):
         kernel: backend of the row lookup; None takes the best available, a name is strict.
     """
 
+    op: ClassVar[str] = "row_lookup"
     pre_norm: ClassVar[bool] = False
 
     layer_id: int

@@ -1,7 +1,7 @@
 """Mixture of experts: each token runs a few of many feed-forward experts; no token is ever dropped."""
 
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,8 @@ class MoE(ChannelMixerConfig):
         z_loss: coefficient of the z-loss.
         kernel: backend of the grouped matrix product; None takes the best available, a name is strict.
     """
+
+    op: ClassVar[str] = "grouped_matmul"
 
     num_experts: int
     num_experts_per_token: int

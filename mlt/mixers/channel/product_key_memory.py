@@ -1,6 +1,7 @@
 """Product-key memory: a very large key-value table whose best rows are found by scoring two short lists of half keys."""
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,8 @@ class ProductKeyMemory(ChannelMixerConfig):
         gated: False is the plain form. Then y = p, with W_out only where value_dim is not d_model.
         kernel: backend of the row lookup; None takes the best available, a name is strict.
     """
+
+    op: ClassVar[str] = "row_lookup"
 
     num_keys: int
     num_selected: int = 32

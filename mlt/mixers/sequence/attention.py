@@ -34,6 +34,7 @@ class Attention(SequenceMixerConfig):
     """
 
     context: ClassVar[str] = "ring"
+    op: ClassVar[str] = "attention"
 
     num_heads: int
     head_dim: int
@@ -56,6 +57,10 @@ class Attention(SequenceMixerConfig):
             if value is not None and value < 1:
                 yield Problem(name, value, "must be at least 1")
                 return
+        for name in ("rope_base", "softcap"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                yield Problem(name, value, "must be positive", "None turns it off")
         if self.num_heads % self.kv_heads:
             divisors = ", ".join(str(n) for n in range(1, self.num_heads + 1) if self.num_heads % n == 0)
             yield Problem("num_kv_heads", self.num_kv_heads, f"must divide num_heads = {self.num_heads}", f"use {divisors}")

@@ -41,6 +41,7 @@ class GatedDelta(SequenceMixerConfig):
     """
 
     context: ClassVar[str] = "carry"
+    op: ClassVar[str] = "linear_recurrence"
 
     num_heads: int
     key_dim: int

@@ -40,6 +40,7 @@ class Mamba2(SequenceMixerConfig):
     """
 
     context: ClassVar[str] = "carry"
+    op: ClassVar[str] = "linear_recurrence"
 
     num_heads: int
     head_dim: int = 64

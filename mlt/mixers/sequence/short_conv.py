@@ -21,6 +21,7 @@ class ShortConv(SequenceMixerConfig):
     """
 
     context: ClassVar[str] = "halo"
+    op: ClassVar[str] = "causal_conv"
 
     width: int = 3
 
@@ -50,7 +51,7 @@ class ShortConvMixer(Mixer):
         self.value = Linear(stream, channels)
         self.input_gate = Linear(stream, channels)
         self.output_gate = Linear(stream, channels)
-        self.conv = CausalConv(channels, width=config.width, activation=None)
+        self.conv = CausalConv(channels, width=config.width, activation=None, backend=config.kernel)
         self.output = Linear(channels, stream, init=fan_in(d, scale=info.residual_scale))
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:

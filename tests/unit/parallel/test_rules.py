@@ -30,8 +30,8 @@ def test_sizes_that_do_not_divide_are_all_listed():
     with pytest.raises(UserError) as error:
         rules(fsdp=4, tensor=4).param_shardings(layer)
     message = str(error.value)
-    assert "kernel: its embed dim of 6 does not divide by fsdp=4" in message
-    assert "kernel: its ffn dim of 10 does not divide by tensor=4" in message
+    assert "mesh.fsdp = 4: does not divide embed of 6 (kernel); use 1, 2, 3, 6, or sizes that are multiples of 4" in message
+    assert "mesh.tensor = 4: does not divide ffn of 10 (kernel)" in message
 
 
 def test_mesh_must_match_the_devices():
