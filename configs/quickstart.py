@@ -30,7 +30,7 @@ def config(width: int = 128, steps: int = 100, sequence_length: int = 512, batch
     ssd = Mamba2(num_heads=2 * heads, head_dim=32, state_dim=32)
     attention = Attention(num_heads=heads, head_dim=32, num_kv_heads=max(heads // 2, 1), qk_norm=True)
     engram = Engram(layer_id=0, layer_ids=(0,), rows_per_head=4096, head_dim=16, heads_per_order=2)
-    experts = MoE(num_experts=8, num_experts_per_token=2, num_shared_experts=1, d_ff=width // 2, balance_loss=0.0)
+    experts = MoE(num_experts=8, num_experts_per_token=2, num_shared_experts=1, d_ff=width // 2)
     memory = ProductKeyMemory(num_keys=32, num_selected=8, num_heads=2, key_dim=64)
     stack = Stack(
         head=(Block(mixers=(engram, ssd, SwiGLU(d_ff=2 * width))),),

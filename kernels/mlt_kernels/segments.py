@@ -14,5 +14,3 @@ def starts(segment_ids_BT: Array) -> Array:
     changed = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
     first = jnp.zeros_like(segment_ids_BT[:, :1], bool)
     return jnp.concatenate([first, changed], axis=1) & (segment_ids_BT != 0)
-
-

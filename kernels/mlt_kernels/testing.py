@@ -46,7 +46,8 @@ def assert_same_bits(actual: Any, expected: Any, *, what: str = "") -> None:
     for (path, want), got in leaves:
         got, want = np.asarray(got), np.asarray(want)
         label = f"{what}{jax.tree_util.keystr(path)}"
-        assert got.dtype == want.dtype and got.shape == want.shape, f"{label}: {got.dtype}{got.shape}"
+        assert got.dtype == want.dtype, f"{label}: {got.dtype}, expected {want.dtype}"
+        assert got.shape == want.shape, f"{label}: {got.shape}, expected {want.shape}"
         same = (got == want) | ((got != got) & (want != want))
         assert same.all(), f"{label}: {int((~same).sum())} of {same.size} values differ"
 
@@ -109,9 +110,7 @@ def value_and_grads(
     return result, grads
 
 
-def segment_ids(
-    seed: int, batch: int, length: int, *, mean_document: float = 6.0, padding: bool = True
-) -> np.ndarray:
+def segment_ids(seed: int, batch: int, length: int, *, mean_document: float = 6.0, padding: bool = True) -> np.ndarray:
     """Random packed rows (B, T) int32: contiguous documents 1, 2, ..., some of one token, then padding 0."""
     rng = np.random.default_rng(seed)
     rows = np.zeros((batch, length), np.int32)
@@ -156,22 +155,26 @@ def check_isolation(
     *,
     token_arguments: Sequence[str],
     documents: Sequence[tuple[int, int]] | None = None,
+    compiled: Callable[[Any, Any], tuple[Any, Any]] | None = None,
     seed: int = 0,
 ) -> None:
     """Asserts, to the bit, that changing one document changes nothing of any other.
 
     Replaces the token arguments and the output cotangents of one document; the outputs and the gradients of the
-    token arguments at every other real token of all rows must keep every bit.
+    token arguments at every other real token of all rows must keep every bit. Only leaves shaped (B, T, ...) count.
 
     Args:
-      fn: takes `arguments` (segment ids inside, where it needs them); every output leaf is shaped (B, T, ...).
+      fn: takes `arguments` (segment ids inside, where it needs them).
       segments: (B, T), as in `arguments`.
       token_arguments: names of the arguments shaped (B, T, ...) that carry document content.
       documents: (row, segment id) pairs to perturb; by default the first, a middle and the last of each row.
+      compiled: (arguments, cotangent) -> (result, gradients) of `fn`, where a test has it already.
     """
-    grads_of = jax.jit(
-        lambda args, cts: value_and_grads(fn, args, wrt=tuple(token_arguments), cotangent=cts)
-    )
+    grads_of = compiled or jax.jit(lambda args, cts: value_and_grads(fn, args, wrt=tuple(token_arguments), cotangent=cts))
+
+    def of_tokens(tree: Any) -> list[np.ndarray]:
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(tree) if tuple(leaf.shape[:2]) == segments.shape]
+
     result_shape = jax.eval_shape(lambda args: fn(**args), dict(arguments))
     cts = cotangents(result_shape, seed)
     before = grads_of(dict(arguments), cts)
@@ -186,12 +189,9 @@ def check_isolation(
             changed[name] = perturb_tokens(arguments[name], inside, seed + 1)
         after = grads_of(changed, perturb_tokens(cts, inside, seed + 2))
         others = ~inside & (segments != 0)
-        kept = [jax.tree.map(lambda x: np.asarray(x)[others], tree) for tree in (after, before)]  # noqa: B023
+        kept = [[leaf[others] for leaf in of_tokens(tree)] for tree in (after, before)]
         assert_same_bits(*kept, what=f"document {segment} of row {row} perturbed: ")
-        if not jax.tree.leaves(result_shape):
-            continue
-        moved = [np.asarray(leaf)[inside] for leaf in jax.tree.leaves(after[0])]
-        stayed = [np.asarray(leaf)[inside] for leaf in jax.tree.leaves(before[0])]
+        moved, stayed = ([leaf[inside] for leaf in of_tokens(tree[0])] for tree in (after, before))
         assert any((a != b).any() for a, b in zip(moved, stayed, strict=True)), "the perturbation had no effect"
 
 
@@ -201,10 +201,14 @@ def check_causality(
     *,
     token_arguments: Sequence[str],
     positions: Sequence[int],
+    compiled: Callable[[Any], Any] | None = None,
     seed: int = 0,
 ) -> None:
-    """Asserts, to the bit, that outputs (B, T, ...) before t do not depend on the token arguments from t on."""
-    run = jax.jit(lambda args: fn(**args))
+    """Asserts, to the bit, that outputs (B, T, ...) before t do not depend on the token arguments from t on.
+
+    `compiled` takes the arguments and gives the outputs of `fn`, where a test has it already.
+    """
+    run = compiled or jax.jit(lambda args: fn(**args))
     before = run(dict(arguments))
     shape = arguments[token_arguments[0]].shape[:2]
     for t in positions:

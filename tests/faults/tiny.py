@@ -17,7 +17,7 @@ from mlt.report.sinks import LogConfig
 
 def config(steps: int = 24, width: int = 32) -> RunConfig:
     delta, attention = GatedDelta(num_heads=2, key_dim=16), Attention(num_heads=2, head_dim=16)
-    experts = MoE(num_experts=4, num_experts_per_token=2, d_ff=16, balance_loss=0.0)
+    experts = MoE(num_experts=4, num_experts_per_token=2, d_ff=16)
     period = (Block(mixers=(delta, experts)), Block(mixers=(attention, SwiGLU(d_ff=32))))
     return RunConfig(
         model=LMConfig(d_model=width, vocab_size=272, stack=Stack(period=period, repeats=1)),

@@ -26,6 +26,7 @@ CONFIGS = {
         routed_scale=2.5,
         num_groups=4,
         groups_per_token=2,
+        balance_loss=1e-4,
         z_loss=1e-2,
     ),
     "softmax": MoE(num_experts=5, num_experts_per_token=2, d_ff=8, router="softmax", renormalize=False, balance_loss=0.1),

@@ -1,6 +1,6 @@
 """Portable form. The derivative of the recurrence is another one in the other direction, so it is written out.
 
-On a CPU a scan over tokens is fastest. Elsewhere its latency would rule: rows are cut into chunks, each is combined by
+On a CPU a loop over tokens is fastest. Elsewhere its latency would rule: rows are cut into chunks, each is combined by
 an associative scan, and only the chunks are run one after another.
 """
 
@@ -59,13 +59,19 @@ recur.defvjp(_forward, _backward)
 
 
 def _by_tokens(a: Array, b: Array, start: Array, reverse: bool) -> Array:
-    def step(h: Array, coefficients: tuple[Array, Array]) -> tuple[Array, Array]:
-        h = coefficients[0] * h + coefficients[1]
-        return h, h
+    """In place: `lax.scan` would first copy a and b token-major, and h back, at several times the cost."""
+    T = a.shape[1]
 
-    tokens_first = (jnp.moveaxis(a, 1, 0), jnp.moveaxis(b, 1, 0))
-    _, h = jax.lax.scan(step, start, tokens_first, reverse=reverse)
-    return jnp.moveaxis(h, 0, 1)
+    def at(x: Array, t: Array) -> Array:
+        return jax.lax.dynamic_index_in_dim(x, t, 1, keepdims=False)
+
+    def step(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        h, states = carry
+        t = T - 1 - i if reverse else i
+        h = at(a, t) * h + at(b, t)
+        return h, jax.lax.dynamic_update_index_in_dim(states, h, t, 1)
+
+    return jax.lax.fori_loop(0, T, step, (start, jnp.zeros_like(b)))[1]
 
 
 def _by_chunks(a: Array, b: Array, start: Array, reverse: bool) -> Array:

@@ -95,6 +95,8 @@ def linear_recurrence(
     shapes.option("rule", rule, RULES)
     shapes.option("normalizer", normalizer, NORMALIZERS)
     shapes.positive("chunk_size", chunk_size)
+    if scale is not None and not isinstance(scale, int | float):
+        raise TypeError(f"{OP}: scale must be None or a Python number, got {type(scale).__name__}")
     if chunk_size & (chunk_size - 1):
         raise ValueError(f"{OP}: chunk_size={chunk_size}; expected a power of two")
     if shapes["T"] == 0:
@@ -138,9 +140,7 @@ def _check_combination(
     if rule == "delta" and log_input is not None:
         raise ValueError(f"{OP}: log_input with rule='delta'; expected None (put the gate into beta)")
     if normalizer != "none" and log_decay is not None and log_decay.ndim == 4:
-        raise ValueError(
-            f"{OP}: normalizer={normalizer!r} with log_decay of shape {log_decay.shape}; expected (B, T, H) or (H,)"
-        )
+        raise ValueError(f"{OP}: normalizer={normalizer!r} with log_decay of shape {log_decay.shape}; expected (B, T, H) or (H,)")
     if return_chunk_states and normalizer != "none":
         raise ValueError(f"{OP}: return_chunk_states with normalizer={normalizer!r}; expected normalizer='none'")
 

@@ -146,13 +146,15 @@ def scaled_decay(
     return decay, scale_YC
 
 
+@jax.custom_vjp
 def _log_decay(g_YC: Array, masks: Masks) -> tuple[Array, Array]:
     """G_i - G_j and G_i, -inf where tokens do not meet.
 
     G is kept as a multiple of 1/256, whose sums and differences are exact, and a small rest: in one float32 sum a
-    few strong decays would leave no digits for the mild ones that follow.
+    few strong decays would leave no digits for the mild ones that follow. The gradient sums, for each token, over
+    the pairs it lies between; by way of G it would be a small difference of large sums.
     """
-    coarse_YC = jax.lax.stop_gradient(jnp.round(g_YC * GRID) / GRID)
+    coarse_YC = jnp.round(g_YC * GRID) / GRID
     within_YCC = masks.lower_YCC.astype(g_YC.dtype)
     parts_Y2C = jnp.stack([coarse_YC, g_YC - coarse_YC], axis=1)
     if within_YCC.shape[0] == 1:
@@ -161,12 +163,28 @@ def _log_decay(g_YC: Array, masks: Masks) -> tuple[Array, Array]:
         sums_Y2C = jnp.matmul(parts_Y2C, jnp.swapaxes(within_YCC, 1, 2), precision=HIGHEST)
     coarse_YC, fine_YC = sums_Y2C[:, 0], sums_Y2C[:, 1]
     pair_YCC = (coarse_YC[:, :, None] - coarse_YC[:, None, :]) + (fine_YC[:, :, None] - fine_YC[:, None, :])
-    # Along the diagonal the two gradients of G cancel; adding them would leave their rounding error.
-    pair_YCC = jnp.where(jnp.eye(g_YC.shape[1], dtype=bool), 0, pair_YCC)
     into_YC = coarse_YC + fine_YC
     if masks.carried_YC is not None:
         into_YC = jnp.where(masks.carried_YC, into_YC, -jnp.inf)
     return jnp.where(masks.lower_YCC, pair_YCC, -jnp.inf), into_YC
+
+
+def _log_decay_fwd(g_YC: Array, masks: Masks) -> tuple[tuple[Array, Array], Masks]:
+    return _log_decay(g_YC, masks), masks
+
+
+def _log_decay_bwd(masks: Masks, grads: tuple[Array, Array]) -> tuple[Array, None]:
+    grad_pair_YCC, grad_into_YC = grads
+    grad_pair_YCC = jnp.where(masks.lower_YCC, grad_pair_YCC, 0)
+    if masks.carried_YC is not None:
+        grad_into_YC = jnp.where(masks.carried_YC, grad_into_YC, 0)
+    place = jnp.arange(grad_into_YC.shape[1])
+    earlier_CC = (place[:, None] < place).astype(grad_into_YC.dtype)
+    from_earlier_YCC = jnp.matmul(grad_pair_YCC, earlier_CC, precision=HIGHEST) + grad_into_YC[:, :, None]
+    return jnp.sum(jnp.where(place[:, None] >= place, from_earlier_YCC, 0), axis=1), None
+
+
+_log_decay.defvjp(_log_decay_fwd, _log_decay_bwd)
 
 
 class VectorDecay(NamedTuple):
@@ -180,7 +198,7 @@ class VectorDecay(NamedTuple):
     def scores(self, queries_YCK: Sequence[Array], k_YCK: Array, dot: Product) -> list[Array]:
         """(Y, C, C) for each of the queries: x_i . k_j decayed from j to i, 0 where they do not meet."""
         stacked_YCSK = jnp.stack(queries_YCK, axis=2)
-        scores_YCSC = _vector.scores(stacked_YCSK, k_YCK, self.factors, k_YCK.dtype)
+        scores_YCSC = _vector.scores(stacked_YCSK, k_YCK, self.factors, stacked_YCSK.dtype)
         return [jnp.where(self.lower_YCC, scores_YCSC[:, :, s], 0) for s in range(len(queries_YCK))]
 
     def read(self, x_YCK: Array, state_YKV: Array, dot: Product) -> Array:

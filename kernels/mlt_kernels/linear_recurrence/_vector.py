@@ -1,12 +1,12 @@
 """Scores under a vector decay, with no (C, C, K) array and no exponent above 0.
 
-The C tokens of a chunk are N blocks of I = 8. Inside a block, pairs are decayed one by one, (I, I, K). Between a
+The C tokens of a chunk are N blocks of U = 8. Inside a block, pairs are decayed one by one, (U, U, K). Between a
 query in block a and a key in an earlier block b the decay runs from the key to the end of b, over the blocks in
 between, and from the start of a to the query: three factors of at most 1. With the first two on the keys, once for
 every a, the scores between blocks are one batched matrix product.
 
-Letters: Y rows and heads, N blocks (a of queries, b of keys), I tokens of a block, S queries stacked at a token,
-C = N I tokens, K key dim.
+Letters: Y rows and heads, N blocks (a of queries, b of keys), U tokens of a block, S queries stacked at a token,
+C = N U tokens, K key dim.
 """
 
 import functools
@@ -24,9 +24,9 @@ HIGHEST = jax.lax.Precision.HIGHEST
 class Factors(NamedTuple):
     """Decays between tokens of one chunk."""
 
-    pairs: Array  # from key to query of a block, (Y, N, I query, I key, K); 0 unless the key is not after the query
-    onto_query: Array  # from the block's start to the query, (Y, N, I, K)
-    onto_key: Array  # from the key to the block's end, (Y, N, I, K)
+    pairs: Array  # from key to query of a block, (Y, N, U query, U key, K); 0 unless the key is not after the query
+    onto_query: Array  # from the block's start to the query, (Y, N, U, K)
+    onto_key: Array  # from the key to the block's end, (Y, N, U, K)
     between: Array  # over the blocks between b and a, (Y, N a, N b, K); 0 unless b < a
 
 
@@ -36,13 +36,13 @@ def factors(g_YCK: Array) -> tuple[Factors, Array, Array]:
     Those across a document border mix documents: nothing may read them.
     """
     Y, C, K = g_YCK.shape
-    I = min(BLOCK, C)
-    N = C // I
-    a, b = np.arange(I)[:, None], np.arange(I)
-    g = g_YCK.reshape(Y, N, I, K)
-    (pairs,) = _sums(g, _between(I, with_query=True))
+    U = min(BLOCK, C)
+    N = C // U
+    a, b = np.arange(U)[:, None], np.arange(U)
+    g = g_YCK.reshape(Y, N, U, K)
+    (pairs,) = _sums(g, _between(U, with_query=True))
     since, until = _sums(g, b <= a, b > a)
-    pairs = jnp.exp(jnp.where((b <= a)[..., None], pairs.reshape(Y, N, I, I, K), -jnp.inf))
+    pairs = jnp.exp(jnp.where((b <= a)[..., None], pairs.reshape(Y, N, U, U, K), -jnp.inf))
     a, b = np.arange(N)[:, None], np.arange(N)
     between, before, after = _sums(since[:, :, -1], _between(N, with_query=False), b < a, b > a)
     between = jnp.exp(jnp.where((b < a)[..., None], between.reshape(Y, N, N, K), -jnp.inf))
@@ -59,13 +59,13 @@ def scores(x_YCSK: Array, k_YCK: Array, f: Factors, low: Any) -> Array:
     dims that it would be made of.
     """
     Y, C, S, K = x_YCSK.shape
-    N, I = f.onto_query.shape[1:3]
-    x, k = x_YCSK.reshape(Y, N, I, S, K), k_YCK.reshape(Y, N, I, K)
+    N, U = f.onto_query.shape[1:3]
+    x, k = x_YCSK.reshape(Y, N, U, S, K), k_YCK.reshape(Y, N, U, K)
     inside = _product(x, jnp.swapaxes(k[:, :, None] * f.pairs, -1, -2), low)
     queries, keys = _between_operands(x, k, f)
     outside = _product(queries, jnp.swapaxes(keys, -1, -2), low)
     own = np.eye(N, dtype=bool)[:, None, :, None]
-    inside, outside = inside.reshape(Y, N, I * S, 1, I), outside.reshape(Y, N, I * S, N, I)
+    inside, outside = inside.reshape(Y, N, U * S, 1, U), outside.reshape(Y, N, U * S, N, U)
     return jnp.where(own, inside, outside).reshape(Y, C, S, C)
 
 
@@ -76,19 +76,19 @@ def _scores_fwd(x_YCSK: Array, k_YCK: Array, f: Factors, low: Any) -> tuple[Arra
 def _scores_bwd(low: Any, residuals: tuple[Array, Array, Factors], grad: Array) -> tuple[Array, Array, Factors]:
     x_YCSK, k_YCK, f = residuals
     Y, C, S, K = x_YCSK.shape
-    N, I = f.onto_query.shape[1:3]
-    x, k = x_YCSK.reshape(Y, N, I, S, K), k_YCK.reshape(Y, N, I, K)
+    N, U = f.onto_query.shape[1:3]
+    x, k = x_YCSK.reshape(Y, N, U, S, K), k_YCK.reshape(Y, N, U, K)
 
     # Blocks on and above the diagonal meet zeros of `between` here.
     queries, keys = _between_operands(x, k, f)
-    grad_rows = grad.reshape(Y, N, I * S, C)
-    d_queries = _product(grad_rows, keys, low).reshape(Y, N, I, S, K)
-    d_keys = _product(jnp.swapaxes(grad_rows, -1, -2), queries, low).reshape(Y, N, N, I, K)
+    grad_rows = grad.reshape(Y, N, U * S, C)
+    d_queries = _product(grad_rows, keys, low).reshape(Y, N, U, S, K)
+    d_keys = _product(jnp.swapaxes(grad_rows, -1, -2), queries, low).reshape(Y, N, N, U, K)
     d_moved = jnp.sum(d_keys * f.between[:, :, :, None], axis=1)
     moved = k * f.onto_key
     d_between = jnp.sum(d_keys * moved[:, None], axis=3)
 
-    tiles = grad.reshape(Y, N, I, S, N, I)
+    tiles = grad.reshape(Y, N, U, S, N, U)
     own = jnp.stack([tiles[:, n, :, :, n] for n in range(N)], axis=1)
     d_x = _product(own, k[:, :, None] * f.pairs, low)
     d_decayed = sum(own[:, :, :, s, :, None] * x[:, :, :, s, None] for s in range(S))
@@ -108,10 +108,10 @@ scores.defvjp(_scores_fwd, _scores_bwd)
 
 
 def _between_operands(x: Array, k: Array, f: Factors) -> tuple[Array, Array]:
-    Y, N, I, S, K = x.shape
-    queries = (x * f.onto_query[:, :, :, None]).reshape(Y, N, I * S, K)
+    Y, N, U, S, K = x.shape
+    queries = (x * f.onto_query[:, :, :, None]).reshape(Y, N, U * S, K)
     keys = (k * f.onto_key)[:, None] * f.between[:, :, :, None]
-    return queries, keys.reshape(Y, N, N * I, K)
+    return queries, keys.reshape(Y, N, N * U, K)
 
 
 def _product(a: Array, b: Array, low: Any) -> Array:
@@ -126,7 +126,7 @@ def _between(units: int, *, with_query: bool) -> np.ndarray:
 
 
 def _sums(g: Array, *rows: np.ndarray) -> list[Array]:
-    """Sums of g (..., U, K) over the units that each row of the (rows, U) tables names."""
+    """Sums of g (..., units, K) over the units that each row of the (rows, units) tables names."""
     table = np.concatenate(rows).astype(g.dtype)
     table = jnp.broadcast_to(table, (*g.shape[:-2], *table.shape))
     sums = jnp.matmul(table, g, precision=HIGHEST)

@@ -53,7 +53,7 @@ class MoE(ChannelMixerConfig):
     num_groups: int = 1
     groups_per_token: int = 1
     bias_update_rate: float | None = None
-    balance_loss: float = 1e-4
+    balance_loss: float = 0.0
     z_loss: float = 0.0
     kernel: str | None = None
 

@@ -1,0 +1,308 @@
+"""`linear_recurrence`: every backend against the float64 token loop, borders to the bit, hard gates and keys, identities."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mlt_kernels import dispatch, linear_recurrence
+from mlt_kernels.linear_recurrence.cases import TESTS, arguments
+from mlt_kernels.testing import (
+    array_shapes_in,
+    assert_close,
+    assert_same_bits,
+    cast_floating,
+    check_causality,
+    check_isolation,
+    cotangents,
+    segment_ids,
+    value_and_grads,
+)
+
+BACKENDS = dispatch.backends("linear_recurrence")
+STATIC = ("rule", "normalizer", "chunk_size")
+TOKENS = ("q", "k", "v", "log_decay", "beta", "log_input")
+PACKED = [name for name, case in TESTS.items() if case.documents is not None]
+DELTA = [name for name, case in TESTS.items() if case.options.get("rule") == "delta"]
+
+
+def split(case, **kwargs):
+    """(function of the array arguments that gives o and the final state, array arguments)."""
+    made = arguments(case, **kwargs)
+    static = {name: made.pop(name) for name in STATIC if name in made}
+    return functools.partial(linear_recurrence, return_final_state=True, **static), made
+
+
+def wrt(args):
+    return tuple(name for name in args if name != "segment_ids")
+
+
+@functools.cache
+def compiled(name, backend):
+    """(arguments, cotangent) -> (o and state, gradients), compiled once a case and backend."""
+    fn = functools.partial(split(TESTS[name])[0], implementation=backend)
+    return jax.jit(lambda args, cts: value_and_grads(fn, args, wrt=wrt(args), cotangent=cts))
+
+
+def result_and_grads(name, backend, args):
+    fn, _ = split(TESTS[name])
+    shapes = jax.eval_shape(lambda args: fn(**args), args)
+    return jax.tree.map(np.asarray, compiled(name, backend)(args, cotangents(shapes)))
+
+
+def oracle(name, args):
+    with jax.enable_x64(True):
+        return result_and_grads(name, "reference", cast_floating(args, jnp.float64))
+
+
+def check(name, backend, args, max_rel=1e-5):
+    assert_close(result_and_grads(name, backend, args), oracle(name, args), max_rel=max_rel, what=name)
+
+
+@pytest.mark.parametrize("name", TESTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_and_gradients(backend, name):
+    _, args = split(TESTS[name])
+    check(name, backend, args)
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_documents_are_isolated_to_the_bit(backend, name):
+    fn, args = split(TESTS[name])
+    tokens = [t for t in TOKENS if t in args]
+    check_isolation(fn, args, np.asarray(args["segment_ids"]), token_arguments=tokens, compiled=compiled(name, backend))
+
+
+@pytest.mark.parametrize("name", TESTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_causal_to_the_bit(backend, name):
+    fn, args = split(TESTS[name])
+    cts = cotangents(jax.eval_shape(lambda args: fn(**args), args))
+    tokens = [t for t in TOKENS if t in args and args[t].ndim > 1]
+    check_causality(
+        fn, args, token_arguments=tokens, positions=(1, 16, 30, 52), compiled=lambda a: compiled(name, backend)(a, cts)[0][0]
+    )
+
+
+@pytest.mark.parametrize("name", ["ssd", "gla", "gated_delta", "kda", "mlstm", "sum"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("strongest", [-60.0, -1000.0])
+def test_strong_decays(backend, name, strongest):
+    if strongest == -1000.0 and TESTS[name].log_input:
+        strongest = -100.0  # beyond, a normalised sum is over one token alone and has no gradient to compare
+    _, args = split(dataclasses.replace(TESTS[name], strongest=strongest))
+    check(name, backend, args)
+
+
+@pytest.mark.parametrize("name", ["ssd", "gated_delta"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mild_decays_after_strong_ones(backend, name):
+    """A plain float32 running sum would have lost the last digits of the mild ones."""
+    _, args = split(TESTS[name])
+    place = np.arange(TESTS[name].T)[:, None]
+    strong = jnp.asarray(np.where((place % 16 < 5), -60.0, -0.01), jnp.float32)
+    check(name, backend, args | {"log_decay": jnp.broadcast_to(strong, args["log_decay"].shape)}, max_rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ssd", "gla"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_gradients_of_strong_decays(backend, name):
+    """All steps forget alike, so the gradient of the decay is small: no larger terms may cancel in it."""
+    _, args = split(TESTS[name])
+    check(name, backend, args | {"log_decay": jnp.full_like(args["log_decay"], -9.0)})
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("name", DELTA)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_write_strengths(backend, name, beta):
+    _, args = split(TESTS[name])
+    check(name, backend, args | {"beta": jnp.full_like(args["beta"], beta)})
+
+
+@pytest.mark.parametrize("name", ["gated_delta", "kda", "mlstm", "sum"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_keys(backend, name):
+    _, args = split(TESTS[name])
+    args["k"] = args["k"].at[:, 3:20].set(0)
+    check(name, backend, args)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1])
+@pytest.mark.parametrize("name", DELTA)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repeated_keys_at_full_reflection(backend, name, spread):
+    """beta = 2 and (nearly) one key: nothing damps a rounding error, and the inverse must not add any of its own."""
+    _, args = split(TESTS[name])
+    k = args["k"][:, :1] + spread * args["k"]
+    args["k"] = jnp.broadcast_to(k / jnp.linalg.norm(k, axis=-1, keepdims=True), args["k"].shape)
+    args["beta"] = jnp.full_like(args["beta"], 2.0)
+    check(name, backend, args)
+
+
+@pytest.mark.parametrize("big", [30.0, -30.0])
+@pytest.mark.parametrize("name", ["mlstm", "sum"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_input_gates(backend, name, big):
+    _, args = split(dataclasses.replace(TESTS[name], positive=True, state=False))
+    check(name, backend, args | {"log_input": args["log_input"] * 5 + big})
+
+
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 53])
+@pytest.mark.parametrize("name", ["gla", "gated_delta"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lengths(backend, name, T):
+    fn, args = split(dataclasses.replace(TESTS[name], T=T, options=TESTS[name].options | {"chunk_size": 16}))
+    found = jax.jit(lambda args: fn(**args, implementation=backend))(args)
+    with jax.enable_x64(True):
+        wanted = jax.tree.map(np.asarray, fn(**cast_floating(args, jnp.float64), implementation="reference"))
+    assert_close(found, wanted, max_rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 4, 64])
+@pytest.mark.parametrize("name", ["ssd", "kda"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunk_sizes(backend, name, chunk_size):
+    fn, args = split(TESTS[name])
+    fn = functools.partial(fn, implementation=backend, return_chunk_states=True)
+    o, last, entering = jax.jit(lambda args: fn(**(args | {"chunk_size": chunk_size})))(args)
+    (wanted, wanted_last), _ = oracle(name, args)
+    assert_close([o, last], [wanted, wanted_last], max_rel=1e-5)
+    assert entering.shape == (2, -(-53 // chunk_size), 4, 8, 12)
+    assert_same_bits(entering[:, 0], args["initial_state"])
+
+
+@pytest.mark.parametrize("name", ["ssd", "gated_delta"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_operands(backend, name):
+    """Operands of 16 bits, gates and states of 32: within 2 % of the same numbers computed in float64."""
+    fn, args = split(TESTS[name])
+    low = args | {x: args[x].astype(jnp.bfloat16) for x in ("q", "k", "v")}
+    found = jax.jit(lambda args: value_and_grads(functools.partial(fn, implementation=backend), args))(low)
+    assert found[0][0].dtype == jnp.bfloat16
+    assert found[0][1].dtype == jnp.float32
+    assert_close(found, oracle(name, low), max_rel=2e-2)
+
+
+@pytest.mark.parametrize("name", ["gla", "gated_delta", "mlstm"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_state_goes_on(backend, name):
+    fn, args = split(dataclasses.replace(TESTS[name], documents=None))
+    fn = jax.jit(functools.partial(fn, implementation=backend))
+    whole, last = fn(**args)
+    cut = {t: (args[t][:, :20], args[t][:, 20:]) for t in TOKENS if t in args}
+    first, state = fn(**(args | {t: x[0] for t, x in cut.items()}))
+    second, end = fn(**(args | {t: x[1] for t, x in cut.items()} | {"initial_state": state}))
+    assert_close(jnp.concatenate([first, second], axis=1), whole, max_rel=1e-5)
+    assert_close(end, last, max_rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ssd", "kda", "mlstm", "sum"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_documents_run_like_separate_ones(backend, name):
+    """Padding leaves the state, so the final state of a padded row is that of its last document."""
+    fn, args = split(dataclasses.replace(TESTS[name], state=False))
+    fn = jax.jit(functools.partial(fn, implementation=backend))
+    args["segment_ids"] = jnp.asarray(np.r_[np.full(21, 1), np.full(20, 2), np.zeros(12)].astype(np.int32))[None].repeat(2, 0)
+    o, last = fn(**args)
+    alone = {t: args[t][:, 21:41] for t in TOKENS if t in args}
+    own, own_last = fn(**alone)
+    assert_close(o[:, 21:41], own, max_rel=1e-5)
+    assert_close(last, own_last, max_rel=1e-5)
+    assert_same_bits(o[:, 41:], jnp.zeros_like(o[:, 41:]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infinite_decay_is_a_reset(backend):
+    fn, args = split(TESTS["gated_delta"])
+    start = np.arange(53) % 11 == 5
+    one = jnp.ones((2, 53), jnp.int32)
+    marked = one + jnp.asarray(np.cumsum(start), jnp.int32)
+    gates = jnp.where(jnp.asarray(start)[:, None], -jnp.inf, args["log_decay"])
+    run = jax.jit(functools.partial(fn, implementation=backend))
+    by_gate = run(**(args | {"segment_ids": one, "log_decay": gates}))
+    by_segments = run(**(args | {"segment_ids": marked}))
+    assert_close(by_gate, by_segments, max_rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_identities(backend):
+    """beta = 0 writes nothing; a vector decay equal in all dims is a scalar one; the delta rule reads back its write."""
+    fn, args = split(TESTS["gated_delta"])
+    run = jax.jit(functools.partial(fn, implementation=backend))
+    B, T, H = args["log_decay"].shape
+    vector = jnp.broadcast_to(args["log_decay"][..., None], (B, T, H, args["k"].shape[-1]))
+    assert_close(run(**(args | {"log_decay": vector})), run(**args), max_rel=1e-5)
+
+    nothing = args | {"beta": jnp.zeros_like(args["beta"]), "segment_ids": jnp.ones((B, T), jnp.int32)}
+    _, last = run(**nothing)
+    decayed = args["initial_state"] * jnp.exp(args["log_decay"].sum(1))[..., None, None]
+    assert_close(last, decayed, max_rel=1e-5)
+
+    one = nothing | {"beta": jnp.ones_like(args["beta"]), "q": args["k"], "log_decay": args["log_decay"]}
+    o, _ = jax.jit(functools.partial(fn, implementation=backend, scale=1.0))(**one)
+    assert_close(o, args["v"], max_rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_input_gate_offset_cancels(backend):
+    """Where |n . q| > 1, adding a constant to every log input changes nothing."""
+    fn, args = split(dataclasses.replace(TESTS["mlstm"], state=False, positive=True, documents=None))
+    run = jax.jit(functools.partial(fn, implementation=backend))
+    o, _ = run(**(args | {"log_input": args["log_input"] + 8}))
+    shifted, _ = run(**(args | {"log_input": args["log_input"] + 11}))
+    assert_close(shifted, o, max_rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["kda", "gla", "ssd"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_array_of_chunk_by_chunk_by_key(backend, name):
+    C, K = 64, 32
+    fn, args = split(dataclasses.replace(TESTS[name], T=256, K=K, V=16, options=TESTS[name].options | {"chunk_size": C}))
+    loss = functools.partial(fn, implementation=backend)
+    shapes = array_shapes_in(lambda args: value_and_grads(loss, args, wrt=wrt(args)), args)
+    largest_per_chunk = max(np.prod(s[s.index(C) :]) for s in shapes if C in s)
+    assert largest_per_chunk < C * C * K
+    assert not [s for s in shapes if s.count(C) >= 2 and K in s[s.index(C) :][1:]]
+
+
+def test_state_grows_with_nothing_and_time_is_linear():
+    """The largest array holds tokens or chunk states, never tokens by tokens."""
+    fn, args = split(dataclasses.replace(TESTS["gated_delta"], T=1024, options={"rule": "delta", "chunk_size": 16}))
+    shapes = array_shapes_in(lambda args: value_and_grads(fn, args, wrt=wrt(args)), args)
+    B, T, H, V = args["v"].shape
+    states = B * H * (T // 16) * 8 * V
+    assert max(np.prod(s) for s in shapes) <= max(states, B * T * H * 16)
+
+
+def test_wrong_arguments_are_named():
+    _, args = split(TESTS["gated_delta"])
+    q, k, v = args["q"], args["k"], args["v"]
+    with pytest.raises(ValueError, match=r"k has shape \(2, 53, 2, 7\); expected \(B, T, Hk, K\) with B=2 from q"):
+        linear_recurrence(q, k[..., :7], v)
+    with pytest.raises(ValueError, match=r"Hk=2 \(of q\) must divide H=3 \(of v\)"):
+        linear_recurrence(q, k, v[:, :, :3])
+    with pytest.raises(ValueError, match="rule='dleta'; expected one of 'add', 'delta'"):
+        linear_recurrence(q, k, v, rule="dleta")
+    with pytest.raises(ValueError, match="chunk_size=48; expected a power of two"):
+        linear_recurrence(q, k, v, chunk_size=48)
+    with pytest.raises(ValueError, match="log_decay has shape"):
+        linear_recurrence(q, k, v, log_decay=jnp.zeros((2, 53, 3)))
+    with pytest.raises(TypeError, match="segment_ids has dtype float32; expected integer"):
+        linear_recurrence(q, k, v, segment_ids=jnp.ones((2, 53)))
+    with pytest.raises(ValueError, match="normalizer='sum' with rule='delta'"):
+        linear_recurrence(q, k, v, rule="delta", normalizer="sum")
+    with pytest.raises(TypeError, match="initial_state must be a NormalizedState"):
+        linear_recurrence(q, k, v, normalizer="sum", initial_state=args["initial_state"])
+    with pytest.raises(ValueError, match="rule='both'"):
+        jax.jit(lambda q: linear_recurrence(q, k, v, rule="both"))(q)
+
+
+def test_without_documents_equals_one_document():
+    fn, args = split(TESTS["ssd"])
+    one = jnp.ones_like(args.pop("segment_ids"))
+    assert_close(fn(**args), fn(**args, segment_ids=one), max_rel=1e-6)
+    assert segment_ids(0, 1, 40).max() > 1
