@@ -52,7 +52,7 @@ class Shapes:
         """
         self.check_dtype(name, array, kind)
         letters = dims.split()
-        open_ended = letters and letters[-1] == "..."
+        open_ended = bool(letters) and letters[-1] == "..."
         if open_ended:
             letters = letters[:-1]
         shape = tuple(array.shape)

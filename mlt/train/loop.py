@@ -143,10 +143,11 @@ class Loop:
     def compile_step(self, abstract: TrainState) -> Any:
         """The compiled step. It takes exactly these shapes: a recompile is an error, not a delay."""
         started = time.perf_counter()
+        self.console.say("compiling the train step ...")
         data = self.config.data
         batch = abstract_batch(self.setup.rules, data.batch_size, data.sequence_length)
         compiled = jit_train_step(abstract, self.setup.optimizer, self.setup.options).lower(abstract, batch).compile()
-        self.console.say(f"compiled the step in {time.perf_counter() - started:.1f} s")
+        self.console.say(f"compiled in {time.perf_counter() - started:.1f} s")
         return compiled
 
     def _restore(self, abstract: TrainState) -> Restored | None:

@@ -33,13 +33,13 @@ class Case:
 
 TESTS: dict[str, Case] = {
     "ssd": Case(Hk=1, beta=False, options={"chunk_size": 16}),
-    "retnet": Case(decay="head", beta=False, documents=None, options={"chunk_size": 16}),
     "gla": Case(decay="vector", beta=False, options={"chunk_size": 32}),
     "delta": Case(decay="none", options={"rule": "delta", "chunk_size": 16}),
     "gated_delta": Case(options={"rule": "delta", "chunk_size": 32}),
     "kda": Case(Hk=4, decay="vector", options={"rule": "delta", "chunk_size": 16}),
     "mlstm": Case(log_input=True, beta=False, options={"normalizer": "mlstm", "chunk_size": 16}),
     "sum": Case(log_input=True, positive=True, options={"normalizer": "sum", "chunk_size": 16}),
+    "retnet": Case(decay="head", beta=False, documents=None, options={"chunk_size": 16}),
 }
 
 BENCHES: dict[str, Case] = {

@@ -76,7 +76,7 @@ def run(
     elif log_input is not None:
         beta = jnp.exp(log_input) if beta is None else beta * jnp.exp(log_input)
     if beta is not None:
-        xs["beta"] = chunks(beta)
+        xs["beta"] = chunks(real(beta))
     if segment_ids is not None:
         first_BTH = jnp.broadcast_to(_first_places(segment_ids, C)[..., None], (B, T, H))
         xs["first"] = chunks(first_BTH, mode="edge")
@@ -142,7 +142,7 @@ def _start(
 ) -> tuple[Array, ...]:
     """The carry before the first chunk: state (Y, K, V) and, normalised, key sum (Y, K) and log scale (Y,)."""
     if state is not None:
-        parts = (state,) if normalizer == "none" else tuple(state)
+        parts = tuple(state) if isinstance(state, NormalizedState) else (state,)
         return tuple(x.astype(dtype).reshape(B * H, *x.shape[2:]) for x in parts)
     value = jnp.zeros((B * H, K, V), dtype)
     if normalizer == "none":

@@ -52,13 +52,11 @@ def run(
 
     empty = EMPTY_LOG_SCALE if normalizer == "sum" else 0.0
     floor = 0.0 if normalizer == "mlstm" else EMPTY_LOG_SCALE
-    if normalizer == "none":
-        state = jnp.zeros((B, H, K, V), wide) if initial_state is None else initial_state.astype(wide)
-        carry = (state, jnp.zeros((B, H, K), wide), jnp.zeros((B, H), wide))
-    elif initial_state is None:
-        carry = (jnp.zeros((B, H, K, V), wide), jnp.zeros((B, H, K), wide), jnp.full((B, H), empty, wide))
-    else:
+    if isinstance(initial_state, NormalizedState):
         carry = tuple(x.astype(wide) for x in initial_state)
+    else:
+        state = jnp.zeros((B, H, K, V), wide) if initial_state is None else initial_state.astype(wide)
+        carry = (state, jnp.zeros((B, H, K), wide), jnp.full((B, H), empty, wide))
 
     def token(carry: tuple[Array, Array, Array], xs: tuple[Array, ...]) -> tuple[Any, Any]:
         S_BHKV, n_BHK, m_BH = carry
