@@ -1,10 +1,11 @@
 """Run the test suite under every supported interpreter on this machine, each in a fresh environment.
 
-    python tools/all_pythons.py [pytest arguments]
+    python tools/all_pythons.py [--only 3.12] [pytest arguments]
 
 Prints one line per interpreter with its JAX version and exits with 1 if any failed.
 """
 
+import argparse
 import os
 import pathlib
 import shutil
@@ -45,6 +46,12 @@ def run(version: str, path: str, arguments: list[str]) -> tuple[bool, str]:
 
 
 if __name__ == "__main__":
-    results = [run(version, path, sys.argv[1:]) for version, path in interpreters().items()]
-    print("\n".join(line for _, line in results))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", action="append", choices=VERSIONS, help="this version; may repeat")
+    options, pytest_arguments = parser.parse_known_args()
+    found = {v: path for v, path in interpreters().items() if not options.only or v in options.only}
+    results = []
+    for version, path in found.items():
+        results.append(run(version, path, pytest_arguments))
+        print(results[-1][1], flush=True)
     sys.exit(not all(passed for passed, _ in results))

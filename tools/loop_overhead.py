@@ -1,8 +1,9 @@
 """What the training loop costs beside the compiled step: data, metrics, progress and saves together.
 
-    python tools/loop_overhead.py [CONFIG] [--steps 40] [--rounds 5]
+    python tools/loop_overhead.py [CONFIG] [--rounds 5]
 
-Alternates the bare compiled step on one batch with the real loop, in one process on the same program, and prints the
+Alternates the bare compiled step with the real loop over the very same batches, in one process on the same program (how
+long a step takes depends on how documents lie in its rows), and prints the
 median of the rounds' ratios. Evaluation and samples are left out: they are work asked for, not overhead.
 """
 
@@ -33,21 +34,20 @@ ROOT = pathlib.Path(__file__).parent.parent
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", nargs="?", default=str(ROOT / "configs" / "quickstart.py"))
-    parser.add_argument("--steps", type=int, default=40, help="steps per measurement")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each kind")
     words = parser.parse_args()
     quiet = [f"evaluation.every_steps={10**9}", "sample.tokens=0", f"train.steps={10**6}"]
     config = load_config(words.config, sets=quiet, root=RunConfig)
-    bare, looped = measure(config, words.steps, words.rounds)
+    bare, looped = measure(config, words.rounds)
     print(f"bare step      median {1e3 * statistics.median(bare):8.1f} ms   {_shown(bare)}")
     print(f"step in loop   median {1e3 * statistics.median(looped):8.1f} ms   {_shown(looped)}")
     ratios = [loop / step for step, loop in zip(bare, looped, strict=True)]
     print(f"overhead of the loop: {100 * (statistics.median(ratios) - 1):+.1f} % (median of the rounds' ratios)")
 
 
-def measure(config: RunConfig, steps: int, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds per step of each round: (bare, in the loop). A save falls into every loop measurement."""
-    config = config.replace(checkpoint=config.checkpoint.replace(every_steps=max(steps // 2, 1)))
+def measure(config: RunConfig, rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds per step of each round: (bare, in the loop). A round is one checkpoint interval, its save included."""
+    steps = config.checkpoint.every_steps
     setup = prepare(config, Rules(config.mesh.build()))
     abstract = abstract_state(setup.specs, setup.optimizer, setup.rules)
     bare, looped = [], []
@@ -56,13 +56,16 @@ def measure(config: RunConfig, steps: int, rounds: int) -> tuple[list[float], li
         with directory.lock(), Checkpointer(directory.checkpoints_path, keep=1) as checkpointer:
             loop = Loop(setup, directory, RunConsole(config.train.steps), stop)
             loop.checkpointer = checkpointer
+            loop.compile_evaluation = lambda: None
             step_fn = loop.compile_step(abstract)
             state = create_state(setup.specs, setup.optimizer, setup.rules, 0)
-            batch = jax.device_put(next(open_loader(config.data, setup.corpus)), loop.sharding)
-            done = 0
+            done = steps // 2  # a save falls into the middle of each round, and its writing into the same round
             for _ in range(rounds + 1):
+                ahead = open_loader(config.data, setup.corpus, first_step=done)
+                batches = [jax.device_put(next(ahead), loop.sharding) for _ in range(steps)]
+                ahead.close()
                 started = time.perf_counter()
-                for _ in range(steps):
+                for batch in batches:
                     state, metrics = step_fn(state, batch)
                 jax.block_until_ready((state, metrics))
                 bare.append((time.perf_counter() - started) / steps)
@@ -70,7 +73,6 @@ def measure(config: RunConfig, steps: int, rounds: int) -> tuple[list[float], li
                 with open_sinks(config.log, directory, done) as sinks:
                     loop.sinks = sinks
                     loader = open_loader(config.data, setup.corpus, first_step=done)
-                    next(loader)
                     started = time.perf_counter()
                     state = loop.steps(step_fn, state, done, done + steps, loader)
                     jax.block_until_ready(state)

@@ -86,8 +86,7 @@ class Loop:
             self.sinks = sinks
             sinks.start(self._facts(first))
             step_fn = self.compile_step(abstract)
-            # While the first steps run, so that the first loss is not kept waiting.
-            self.evaluating = pool.submit(self.evaluator.compile, abstract.model)
+            self.compile_evaluation = functools.cache(lambda: pool.submit(self.evaluator.compile, abstract.model))
             if restored is None:
                 state = create_state(self.setup.specs, self.setup.optimizer, self.setup.rules, self.config.train.seed)
                 loader = open_loader(self.config.data, self.setup.corpus)
@@ -113,6 +112,8 @@ class Loop:
                 if pending is not None:
                     self._log(*pending, clock)
                     pending = None
+                    # Beside the steps, but not before the first loss is on the screen.
+                    self.compile_evaluation()
                 in_flight.append((step, metrics))
                 if len(in_flight) > STEPS_IN_FLIGHT:
                     self._check_finite(*in_flight.popleft())
@@ -199,7 +200,7 @@ class Loop:
         return self.config.schedule.build(self.config.optimizer.learning_rate, self.config.train.steps)
 
     def _evaluate(self, step: int, state: TrainState) -> None:
-        self.evaluating.result()
+        self.compile_evaluation().result()
         result = self.evaluator(state.model)
         if result is None:
             return
