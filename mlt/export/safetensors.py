@@ -59,7 +59,7 @@ def read_export(directory: Path) -> tuple[RunConfig, LM]:
     from safetensors.numpy import load_file
 
     try:
-        config = from_yaml((directory / "config.yaml").read_text())
+        config = from_yaml((directory / "config.yaml").read_text(), root=RunConfig)
         tensors = load_file(directory / "model.safetensors")
         return config, from_tensors(config.model, describe_model(config), tensors)
     except (OSError, KeyError) as error:
