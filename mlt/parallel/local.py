@@ -1,44 +1,45 @@
 """The only place that wraps an op in `shard_map`.
 
 Kernels are pure functions of local arrays and know no mesh. Under plain `jit` the partitioner may replicate a kernel
-or invent collectives around it; here each argument's layout is named by role, and the op runs on what a device holds.
+or invent collectives around it; here each argument's layout is named by logical axes, and the op runs on what a device
+holds. `parallel/ops.py` has the ops that mixers call; what crosses devices inside them is written out there.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
 from mlt.parallel.rules import Rules
 
-ROLES: dict[str, tuple[str | None, ...]] = {
-    "tokens": ("batch", "seq"),
-    "stream": ("batch", "seq", "stream"),
-    "channels": ("batch", "seq", "heads"),
-    "q": ("batch", "seq", "heads", None),
-    "kv": ("batch", "seq", "kv_heads", None),
-    "heads": ("heads",),
-    "state": ("batch", "heads", None, None),
-}
-"""Logical axes of an op's arguments, by the part they play."""
+Axes = tuple[str | None, ...]
+
+TOKENS: Axes = ("batch", "seq")
+STREAM: Axes = ("batch", "seq", "stream")
+CHANNELS: Axes = ("batch", "seq", "heads")
+Q_HEADS: Axes = ("batch", "seq", "heads", None)
+KV_HEADS: Axes = ("batch", "seq", "kv_heads", None)
+HEADS: Axes = ("heads",)
 
 
-def local(fn: Callable[..., jax.Array], rules: Rules, inputs: tuple[str, ...], output: str) -> Callable[..., jax.Array]:
+def local(fn: Callable[..., Any], rules: Rules, inputs: tuple[Axes, ...], output: Any) -> Callable[..., Any]:
     """`fn` on each device's own part of its arguments; `fn` itself when there is one device.
 
     Args:
-        fn: a pure function of arrays; None arguments pass through.
-        inputs: role of each argument, keys of `ROLES`.
-        output: role of the result.
+        fn: a pure function of arrays; None arguments pass through. On more than one device it may use collectives
+            over the mesh axes.
+        inputs: logical axes of each argument, dim by dim. A dim of one is never split.
+        output: logical axes of the result, or a tree of them.
     """
     if rules.mesh is None or rules.mesh.size == 1:
         return fn
 
-    def run(*args: jax.Array | None) -> jax.Array:
+    def run(*args: jax.Array | None) -> Any:
         present = [i for i, arg in enumerate(args) if arg is not None]
         specs = tuple(_spec(rules, inputs[i], args[i]) for i in present)
 
-        def body(*parts: jax.Array) -> jax.Array:
+        def body(*parts: jax.Array) -> Any:
             full: list[jax.Array | None] = [None] * len(args)
             for i, part in zip(present, parts, strict=True):
                 full[i] = part
@@ -47,14 +48,17 @@ def local(fn: Callable[..., jax.Array], rules: Rules, inputs: tuple[str, ...], o
         # Kernels know no mesh, so their constants are not marked as varying over it: that check must be off. Without it
         # the cotangent of an input is summed over the axes its layout leaves out, which is right as long as the output's
         # layout names every axis of more than one device.
-        out = rules.spec(ROLES[output])
+        out = jax.tree.map(rules.spec, output, is_leaf=_is_axes)
         mapped = jax.shard_map(body, mesh=rules.mesh, in_specs=specs, out_specs=out, check_vma=False)
         return mapped(*(args[i] for i in present))
 
     return run
 
 
-def _spec(rules: Rules, role: str, arg: jax.Array) -> PartitionSpec:
+def _is_axes(x: Any) -> bool:
+    return isinstance(x, tuple) and all(axis is None or isinstance(axis, str) for axis in x)
+
+
+def _spec(rules: Rules, axes: Axes, arg: jax.Array) -> PartitionSpec:
     """The argument's layout; a dim of one (a single key head) is shared, not split."""
-    axes = ROLES[role][: arg.ndim]
     return rules.spec(tuple(axis if size > 1 else None for axis, size in zip(axes, arg.shape, strict=True)))

@@ -12,7 +12,7 @@ from mlt_kernels import row_lookup
 from mlt.config.problems import Problem
 from mlt.errors import UserError
 from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, Mixer, keep_where, resume_segment, save_point
-from mlt.nn.conv import CausalConv
+from mlt.mixers.conv import CausalConv
 from mlt.nn.linear import Linear
 from mlt.nn.ngram_hash import NgramTables, compression_map, multipliers, ngram_rows, ngram_tables, split_words
 from mlt.nn.norm import RMSNorm
@@ -150,7 +150,7 @@ class EngramMixer(Mixer):
         gated_BTD = self._gated(x_BTD, self.rows(self.compressed(ctx.token_ids), ctx.segment_ids))
         if self.conv is None or self.conv_norm is None:
             return gated_BTD, {}
-        return gated_BTD + self.conv(self.conv_norm(gated_BTD), self._conv_segments(ctx.segment_ids)), {}
+        return gated_BTD + self.conv(self.conv_norm(gated_BTD), ctx, segment_ids_BT=self._conv_segments(ctx.segment_ids)), {}
 
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
         """Compressed ids of the last max_ngram - 1 tokens (-1 where there is none), their segment, the conv's halo."""

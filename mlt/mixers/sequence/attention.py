@@ -14,7 +14,7 @@ from mlt.nn.linear import Linear
 from mlt.nn.norm import RMSNorm
 from mlt.nn.param import fan_in, param, zeros
 from mlt.nn.rope import apply_rope
-from mlt.parallel.local import local
+from mlt.parallel import ops
 
 
 class Attention(SequenceMixerConfig):
@@ -105,8 +105,9 @@ class AttentionMixer(Mixer):
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, ctx)
-        run = local(self._attend, ctx.rules, ("q", "kv", "kv", "tokens", "heads"), "q")
-        o_BTNH = run(q_BTNH, k_BTKH, v_BTKH, ctx.segment_ids, self._sinks())
+        o_BTNH = ops.attention(
+            ctx.rules, q_BTNH, k_BTKH, v_BTKH, segment_ids=ctx.segment_ids, sinks=self._sinks(), **self._options()
+        )
         return self._finish(o_BTNH, x_BTD), {}
 
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
@@ -134,12 +135,10 @@ class AttentionMixer(Mixer):
             q_BTNH,
             seen["key"],
             seen["value"],
-            window=self.config.window,
             segment_ids=(ctx.segment_ids, seen["segment"]),
             positions=(ctx.positions, seen["position"]),
             sinks=self._sinks(),
-            softcap=self.config.softcap,
-            implementation=self.config.kernel,
+            **self._options(),
         )
         return self._finish(o_BTNH, x_BTD), {**kept, "length": state["length"] + x_BTD.shape[1]}
 
@@ -152,17 +151,9 @@ class AttentionMixer(Mixer):
             k_BTKH = apply_rope(k_BTKH, ctx.positions, base=self.config.rope_base)
         return tuple(save_point(part, "attention_qkv") for part in (q_BTNH, k_BTKH, v_BTKH))
 
-    def _attend(self, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, sinks_N):
-        return attention(
-            q_BTNH,
-            k_BTKH,
-            v_BTKH,
-            window=self.config.window,
-            segment_ids=segment_ids_BT,
-            sinks=sinks_N,
-            softcap=self.config.softcap,
-            implementation=self.config.kernel,
-        )
+    def _options(self):
+        config = self.config
+        return {"window": config.window, "softcap": config.softcap, "implementation": config.kernel}
 
     def _sinks(self):
         return None if self.sinks is None else self.sinks[...]

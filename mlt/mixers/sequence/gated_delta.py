@@ -19,11 +19,11 @@ from mlt.mixers.base import (
     save_point,
     shared_axis,
 )
-from mlt.nn.conv import CausalConv
+from mlt.mixers.conv import CausalConv
 from mlt.nn.linear import Linear
 from mlt.nn.norm import RMSNorm, l2_normalize
 from mlt.nn.param import fan_in, inverse_softplus_of_step, log_of_uniform, param
-from mlt.parallel.local import local
+from mlt.parallel import ops
 
 
 class GatedDelta(SequenceMixerConfig):
@@ -109,12 +109,12 @@ class GatedDeltaMixer(Mixer):
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
         q, k, v = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
-        q = self.query_conv(q, ctx.segment_ids)
-        k = self.key_conv(k, ctx.segment_ids)
-        v = self.value_conv(v, ctx.segment_ids)
-        inputs = self._recurrence_inputs(q, k, v, x_BTD)
-        run = local(self._recur, ctx.rules, ("kv", "kv", "q", "channels", "channels", "tokens"), "q")
-        return self._finish(run(*inputs, ctx.segment_ids), x_BTD), {}
+        q = self.query_conv(q, ctx)
+        k = self.key_conv(k, ctx)
+        v = self.value_conv(v, ctx)
+        q, k, v, gates = self._recurrence_inputs(q, k, v, x_BTD)
+        o = ops.linear_recurrence(ctx.rules, q, k, v, segment_ids=ctx.segment_ids, **gates, **self._options())
+        return self._finish(o, x_BTD), {}
 
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
         config = self.config
@@ -133,9 +133,18 @@ class GatedDeltaMixer(Mixer):
         q, new["query"] = self.query_conv.step(self.query(x_BTD), ctx.segment_ids, halo["query"])
         k, new["key"] = self.key_conv.step(self.key(x_BTD), ctx.segment_ids, halo["key"])
         v, new["value"] = self.value_conv.step(self.value(x_BTD), ctx.segment_ids, halo["value"])
-        inputs = self._recurrence_inputs(q, k, v, x_BTD)
+        q, k, v, gates = self._recurrence_inputs(q, k, v, x_BTD)
         memory = keep_where(keep, state["memory"])
-        o, new["memory"] = self._recur(*inputs, ctx.segment_ids, initial_state=memory, return_final_state=True)
+        o, new["memory"] = linear_recurrence(
+            q,
+            k,
+            v,
+            segment_ids=ctx.segment_ids,
+            initial_state=memory,
+            return_final_state=True,
+            **gates,
+            **self._options(),
+        )
         return self._finish(o, x_BTD), new
 
     def _recurrence_inputs(self, q, k, v, x_BTD):
@@ -145,20 +154,11 @@ class GatedDeltaMixer(Mixer):
         beta_BTH = jax.nn.sigmoid(self.beta(x_BTD).astype(jnp.float32))
         if self.config.negative_eigenvalues:
             beta_BTH = 2.0 * beta_BTH
-        return tuple(save_point(part, "recurrence_in") for part in (q, k, v, log_decay_BTH, beta_BTH))
+        q, k, v, log_decay_BTH, beta_BTH = (save_point(x, "recurrence_in") for x in (q, k, v, log_decay_BTH, beta_BTH))
+        return q, k, v, {"log_decay": log_decay_BTH, "beta": beta_BTH}
 
-    def _recur(self, q, k, v, log_decay, beta, segment_ids, **state):
-        return linear_recurrence(
-            q,
-            k,
-            v,
-            log_decay=log_decay,
-            beta=beta,
-            rule="delta",
-            segment_ids=segment_ids,
-            implementation=self.config.kernel,
-            **state,
-        )
+    def _options(self):
+        return {"rule": "delta", "implementation": self.config.kernel}
 
     def _finish(self, o_BTHV, x_BTD):
         o_BTHV = save_point(o_BTHV, "recurrence_out")

@@ -19,11 +19,11 @@ from mlt.mixers.base import (
     save_point,
     shared_axis,
 )
-from mlt.nn.conv import CausalConv
+from mlt.mixers.conv import CausalConv
 from mlt.nn.linear import Linear
 from mlt.nn.norm import rms_normalize
 from mlt.nn.param import fan_in, inverse_softplus_of_step, log_of_uniform, ones, param
-from mlt.parallel.local import local
+from mlt.parallel import ops
 
 
 class Mamba2(SequenceMixerConfig):
@@ -97,12 +97,14 @@ class Mamba2Mixer(Mixer):
         self.output = Linear(heads, (("embed", d),), init=fan_in(h * p, scale=info.residual_scale))
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
-        x = self.value_conv(self.value(x_BTD), ctx.segment_ids)
-        write = self.write_conv(self.write(x_BTD), ctx.segment_ids)
-        read = self.read_conv(self.read(x_BTD), ctx.segment_ids)
+        x = self.value_conv(self.value(x_BTD), ctx)
+        write = self.write_conv(self.write(x_BTD), ctx)
+        read = self.read_conv(self.read(x_BTD), ctx)
         value, log_decay = self._discretize(x, x_BTD)
-        run = local(self._recur, ctx.rules, ("kv", "kv", "q", "channels", "tokens"), "q")
-        return self._finish(run(read, write, value, log_decay, ctx.segment_ids), x, x_BTD), {}
+        y = ops.linear_recurrence(
+            ctx.rules, read, write, value, log_decay=log_decay, segment_ids=ctx.segment_ids, **self._options()
+        )
+        return self._finish(y, x, x_BTD), {}
 
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
         config = self.config
@@ -123,8 +125,15 @@ class Mamba2Mixer(Mixer):
         read, new["read"] = self.read_conv.step(self.read(x_BTD), ctx.segment_ids, halo["read"])
         value, log_decay = self._discretize(x, x_BTD)
         memory = keep_where(keep, state["memory"])
-        y, new["memory"] = self._recur(
-            read, write, value, log_decay, ctx.segment_ids, initial_state=memory, return_final_state=True
+        y, new["memory"] = linear_recurrence(
+            read,
+            write,
+            value,
+            log_decay=log_decay,
+            segment_ids=ctx.segment_ids,
+            initial_state=memory,
+            return_final_state=True,
+            **self._options(),
         )
         return self._finish(y, x, x_BTD), new
 
@@ -134,17 +143,8 @@ class Mamba2Mixer(Mixer):
         value_BTHP = (x_BTHP.astype(jnp.float32) * step_BTH[..., None]).astype(x_BTHP.dtype)
         return save_point(value_BTHP, "recurrence_in"), save_point(log_decay_BTH, "recurrence_in")
 
-    def _recur(self, read, write, value, log_decay, segment_ids, **state):
-        return linear_recurrence(
-            read,
-            write,
-            value,
-            log_decay=log_decay,
-            scale=1.0,
-            segment_ids=segment_ids,
-            implementation=self.config.kernel,
-            **state,
-        )
+    def _options(self):
+        return {"scale": 1.0, "implementation": self.config.kernel}
 
     def _finish(self, y_BTHP, x_BTHP, stream_BTD):
         y_BTHP = save_point(y_BTHP, "recurrence_out")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mlt.config.problems import Problem
 from mlt.mixers.base import Aux, BuildInfo, Context, Mixer, SequenceMixerConfig, keep_where, resume_segment
-from mlt.nn.conv import CausalConv
+from mlt.mixers.conv import CausalConv
 from mlt.nn.linear import Linear
 from mlt.nn.param import fan_in
 
@@ -55,7 +55,7 @@ class ShortConvMixer(Mixer):
         self.output = Linear(channels, stream, init=fan_in(d, scale=info.residual_scale))
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
-        mixed = self.conv(self.input_gate(x_BTD) * self.value(x_BTD), ctx.segment_ids)
+        mixed = self.conv(self.input_gate(x_BTD) * self.value(x_BTD), ctx)
         return self.output(self.output_gate(x_BTD) * mixed), {}
 
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> Any:

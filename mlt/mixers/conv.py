@@ -1,11 +1,15 @@
 """Short depthwise causal convolution, the token mixer in front of most recurrences."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import mlt_kernels
 from flax import nnx
-from mlt_kernels import causal_conv
 
+from mlt.mixers.base import Context
 from mlt.nn.param import Init, param, uniform, zeros
+from mlt.parallel import ops
 
 
 class CausalConv(nnx.Module):
@@ -31,6 +35,8 @@ class CausalConv(nnx.Module):
         self.backend = backend
         names, sizes = zip(*axes, strict=True)
         self.channels, self.width, self.dilation, self.activation = sizes, width, dilation, activation
+        # The residual stream is whole on every device, whatever the layout of a parameter along it.
+        self.axis = "stream" if names[0] == "embed" else names[0]
         init = init or uniform(-(width**-0.5), width**-0.5)
         self.kernel = param((width, *sizes), (None, *names), init, group="vector")
         self.bias = param(sizes, names, zeros, group="vector") if bias else None
@@ -44,26 +50,26 @@ class CausalConv(nnx.Module):
         """The halo in front of the first token: zeros (B, context, *channels)."""
         return jnp.zeros((batch, self.context, *self.channels), dtype)
 
-    def __call__(self, x: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-        return self._run(x, segment_ids_BT, halo=None)
+    def __call__(self, x: jax.Array, ctx: Context, *, segment_ids_BT: jax.Array | None = None) -> jax.Array:
+        """x (B, T, *channels) convolved over the sequence; `segment_ids_BT` in place of the call's own."""
+        segments = ctx.segment_ids if segment_ids_BT is None else segment_ids_BT
+        flat, kernel, bias = self._flat(x)
+        out = ops.causal_conv(ctx.rules, flat, kernel, bias=bias, segment_ids=segments, channels=self.axis, **self._options())
+        return out.reshape(x.shape)
 
     def step(self, x: jax.Array, segment_ids_BT: jax.Array, halo: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Continue from `halo`; returns (y, halo for the next call)."""
-        return self._run(x, segment_ids_BT, halo=halo)
-
-    def _run(self, x, segment_ids_BT, *, halo):
-        flat = x.reshape(*x.shape[:2], -1)
-        out = causal_conv(
-            flat,
-            self.kernel[...].reshape(self.width, -1).astype(x.dtype),
-            bias=None if self.bias is None else self.bias[...].reshape(-1).astype(x.dtype),
-            activation=self.activation,
-            dilation=self.dilation,
-            segment_ids=segment_ids_BT,
-            halo=None if halo is None else halo.reshape(*halo.shape[:2], -1),
-            return_halo=halo is not None,
-            implementation=self.backend,
+        flat, kernel, bias = self._flat(x)
+        before = halo.reshape(*halo.shape[:2], -1)
+        out, after = mlt_kernels.causal_conv(
+            flat, kernel, bias=bias, segment_ids=segment_ids_BT, halo=before, return_halo=True, **self._options()
         )
-        if halo is None:
-            return out.reshape(x.shape)
-        return out[0].reshape(x.shape), out[1].reshape(halo.shape)
+        return out.reshape(x.shape), after.reshape(halo.shape)
+
+    def _flat(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        kernel = self.kernel[...].reshape(self.width, -1).astype(x.dtype)
+        bias = None if self.bias is None else self.bias[...].reshape(-1).astype(x.dtype)
+        return x.reshape(*x.shape[:2], -1), kernel, bias
+
+    def _options(self) -> dict[str, Any]:
+        return {"activation": self.activation, "dilation": self.dilation, "implementation": self.backend}
