@@ -43,8 +43,6 @@ class Layout(Config):
         for axis in AXES:
             if getattr(self, axis) < 1:
                 yield Problem(axis, getattr(self, axis), "must be at least 1")
-        if self.context > 1:
-            yield Problem("context", self.context, "sequences cannot be split yet", "use context=1 and more fsdp or tensor")
 
     def shape(self) -> dict[str, int]:
         return {axis: getattr(self, axis) for axis in AXES}

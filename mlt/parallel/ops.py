@@ -1,16 +1,21 @@
 """The ops as mixers call them: on arrays of the whole mesh, each device working on its own rows, tokens and heads.
 
 Every function takes the layout (`Rules`) first and otherwise what the op of that name in `mlt_kernels` takes. Where the
-sequence is split over devices, what must cross is part of the function: states for the recurrences, keys and values for
-attention, a few inputs for the convolution. Document boundaries come from `segment_ids`, which is split like the tokens.
+sequence is split over devices, what must cross is part of the function: states for the recurrences (`carry.py`), keys and
+values for attention (`ring.py`), a few inputs for the convolution. Documents come from `segment_ids`, split like the tokens.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import mlt_kernels
+from mlt_kernels.linear_recurrence import NormalizedState
+from mlt_kernels.linear_recurrence.reference import EMPTY_LOG_SCALE
 
-from mlt.parallel.local import CHANNELS, HEADS, KV_HEADS, Q_HEADS, TOKENS, local
+from mlt.parallel import carry, ring, sequence
+from mlt.parallel.local import CHANNELS, HEADS, KV_HEADS, Q_HEADS, TOKENS, Axes, local
 from mlt.parallel.rules import Rules
 
 
@@ -27,17 +32,19 @@ def linear_recurrence(
     exchange: str | None = None,
     **options: Any,
 ) -> jax.Array:
-    """`mlt_kernels.linear_recurrence` over the mesh; heads over `tensor`, a state for every `context` shard.
+    """`mlt_kernels.linear_recurrence` over the mesh: heads over `tensor`, the state carried over `context` shards.
 
     Args:
-        exchange: how states cross sequence shards; None takes the layout's choice.
+        exchange: how states cross sequence shards, one of `carry.EXCHANGES`; None takes the layout's choice.
         options: rule, normalizer, scale, chunk_size, implementation.
     """
 
     def run(q, k, v, log_decay, beta, log_input, segment_ids):
-        return mlt_kernels.linear_recurrence(
-            q, k, v, log_decay=log_decay, beta=beta, log_input=log_input, segment_ids=segment_ids, **options
-        )
+        gates = {"log_decay": log_decay, "beta": beta, "log_input": log_input, "segment_ids": segment_ids}
+        state = None
+        if rules.size("seq") > 1:
+            state = _entering_matrix(rules, exchange, q, k, v, **gates, **options)
+        return mlt_kernels.linear_recurrence(q, k, v, initial_state=state, **gates, **options)
 
     gate = {1: HEADS, 3: CHANNELS, 4: Q_HEADS}.get(getattr(log_decay, "ndim", 1))
     inputs = (KV_HEADS, KV_HEADS, Q_HEADS, gate, CHANNELS, CHANNELS, TOKENS)
@@ -53,11 +60,28 @@ def diagonal_recurrence(
     exchange: str | None = None,
     **options: Any,
 ) -> jax.Array:
-    """`mlt_kernels.diagonal_recurrence` over the mesh; the dim after (B, T) is split over `tensor`."""
+    """`mlt_kernels.diagonal_recurrence` over the mesh; the dim after (B, T) is split over `tensor`.
+
+    Args:
+        exchange: as for `linear_recurrence`.
+        options: implementation.
+    """
     axes = (*CHANNELS, *(None,) * (a.ndim - 3))
 
     def run(a, b, segment_ids):
-        return mlt_kernels.diagonal_recurrence(a, b, segment_ids=segment_ids, **options)
+        state = None
+        if rules.size("seq") > 1:
+            segments = _segments(b, segment_ids)
+            final = lambda b, start: mlt_kernels.diagonal_recurrence(  # noqa: E731
+                a, b, initial_state=start, segment_ids=segments, return_final_state=True, **options
+            )[1]
+            one = jnp.ones((a.shape[0], *a.shape[2:]), a.dtype)
+            transition = final(jnp.zeros_like(b), one)
+            # A document that starts at token 0 does not take what is in front of it; `incoming` sees to that border.
+            whole = sequence.one_document(segments).reshape(-1, *[1] * (a.ndim - 2))
+            transition = jnp.where(whole, transition, jnp.zeros((), transition.dtype))
+            state = _entering(rules, exchange, segments, transition, final(b, None), carry.DIAGONAL)
+        return mlt_kernels.diagonal_recurrence(a, b, initial_state=state, segment_ids=segment_ids, **options)
 
     return local(run, rules, (axes, axes, TOKENS), axes)(a, b, segment_ids)
 
@@ -69,10 +93,10 @@ def causal_conv(
     *,
     bias: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
-    channels: str = "heads",
+    channels: str | None = "heads",
     **options: Any,
 ) -> jax.Array:
-    """`mlt_kernels.causal_conv` over the mesh.
+    """`mlt_kernels.causal_conv` over the mesh; sequence shards pass on the inputs that the next one's taps reach.
 
     Args:
         channels: logical axis of the channels.
@@ -81,7 +105,11 @@ def causal_conv(
     stream = ("batch", "seq", channels)
 
     def run(x, kernel, bias, segment_ids):
-        return mlt_kernels.causal_conv(x, kernel, bias=bias, segment_ids=segment_ids, **options)
+        halo = None
+        if rules.size("seq") > 1:
+            width = (kernel.shape[0] - 1) * options.get("dilation", 1)
+            halo = sequence.left_context(x, _segments(x, segment_ids), width, rules.size("seq"))
+        return mlt_kernels.causal_conv(x, kernel, bias=bias, segment_ids=segment_ids, halo=halo, **options)
 
     return local(run, rules, (stream, (None, channels), (channels,), TOKENS), stream)(x_BTD, kernel_WD, bias, segment_ids)
 
@@ -97,15 +125,109 @@ def attention(
     exchange: str | None = None,
     **options: Any,
 ) -> jax.Array:
-    """`mlt_kernels.attention` of a row with itself over the mesh.
+    """Causal `mlt_kernels.attention` of a row with itself over the mesh.
 
     Args:
-        exchange: how keys and values cross sequence shards; None takes the layout's choice.
-        options: causal, window, softcap, scale, implementation.
+        exchange: what crosses sequence shards, one of `ring.STRATEGIES`; None takes the layout's choice, or the one that
+            moves least.
+        options: window, softcap, scale, implementation.
     """
+    size = rules.size("seq")
 
     def run(q, k, v, segment_ids, sinks):
-        return mlt_kernels.attention(q, k, v, segment_ids=segment_ids, sinks=sinks, **options)
+        if size == 1:
+            return mlt_kernels.attention(q, k, v, segment_ids=segment_ids, sinks=sinks, **options)
+        shape = {"tokens": q.shape[1] * size, "heads": q.shape[2], "kv_heads": k.shape[2], "window": options.get("window")}
+        strategy = exchange or rules.attention
+        if strategy is not None and ring.refusal(strategy, **shape, size=size):
+            raise ValueError(f"attention over {size} sequence shards: {strategy!r} {ring.refusal(strategy, **shape, size=size)}")
+        strategy = strategy or ring.choose(**shape, size=size)
+        return ring.attend(q, k, v, _segments(q, segment_ids), sinks, strategy, ring.Options(size, **options))
 
     inputs = (Q_HEADS, KV_HEADS, KV_HEADS, TOKENS, HEADS)
     return local(run, rules, inputs, Q_HEADS)(q_BTNH, k_BTKH, v_BTKP, segment_ids, sinks)
+
+
+def with_left_context(
+    fn: Callable[..., Any], rules: Rules, width: int, arrays: tuple[jax.Array, ...], others: tuple[jax.Array, ...], output: Axes
+) -> Any:
+    """`fn(*arrays, *others)` where `fn` looks at most `width` tokens to the left.
+
+    Args:
+        fn: its first arguments are (B, T', ...), and so is its result; T' may be any length, and the first `width` tokens
+            of a longer row may come out wrong where it is a shard: they are cut off.
+        width: tokens to the left that an output may depend on.
+        arrays: (B, T) arrays, or (B, T, ...) that no axis splits further. Zeros stand in front of the row's start, so
+            the segment id there is that of padding.
+        others: arrays that every device holds whole.
+        output: logical axes of the result.
+    """
+    size = rules.size("seq")
+    if size == 1 or width == 0:
+        return fn(*arrays, *others)
+
+    def run(*args):
+        tokens = sequence.with_front(args[: len(arrays)], width, size)
+        return fn(*tokens, *args[len(arrays) :])[:, width:]
+
+    inputs = tuple((*TOKENS, *(None,) * (x.ndim - 2)) for x in arrays) + tuple((None,) * x.ndim for x in others)
+    return local(run, rules, inputs, output)(*arrays, *others)
+
+
+def _segments(like: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    return jnp.ones(like.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+
+
+def _entering(rules: Rules, exchange: str | None, segments: jax.Array, transition: Any, state: Any, algebra: Any) -> Any:
+    """The state in front of this shard, from every shard's transition and what it makes of an empty state."""
+    size = rules.size("seq")
+    zero = jax.tree.map(jnp.zeros_like, (transition, state))
+    passes_B = sequence.goes_on(segments, size)
+    return carry.incoming(transition, state, zero, passes_B, algebra, exchange or rules.carry, size)
+
+
+def _entering_matrix(rules, exchange, q, k, v, *, log_decay, beta, log_input, segment_ids, normalizer="none", **options):
+    segments = _segments(q, segment_ids)
+    gates = {"log_decay": log_decay, "beta": beta, "log_input": log_input, "segment_ids": segments}
+
+    def final(v, start):
+        run = mlt_kernels.linear_recurrence
+        return run(q, k, v, initial_state=start, normalizer=normalizer, return_final_state=True, **gates, **options)[1]
+
+    B, _, H, V = v.shape
+    K = k.shape[-1]
+    if options.get("rule") == "delta":
+        # The transition is a product of matrices: what the recurrence makes of the identity when it writes nothing.
+        values = jnp.concatenate([v, jnp.zeros((*v.shape[:3], K), v.dtype)], axis=-1)
+        eye = jnp.broadcast_to(jnp.eye(K, dtype=jnp.float32), (B, H, K, K))
+        both = final(values, jnp.concatenate([jnp.zeros((B, H, K, V), jnp.float32), eye], axis=-1))
+        whole = sequence.one_document(segments)[:, None, None, None]
+        transition = jnp.where(whole, both[..., V:], 0.0)
+        return _entering(rules, exchange, segments, transition, both[..., :V], carry.MATRIX)
+    total, whole = _total_decay(log_decay, segments, H)
+    if normalizer != "none":
+        return _entering_normalized(rules, exchange, segments, total, whole, final(v, None), normalizer)
+    whole = whole.reshape(-1, *[1] * (total.ndim - 1))
+    transition = jnp.where(whole, jnp.exp(total), 0.0)
+    return _entering(rules, exchange, segments, transition, final(v, None), carry.SCALED)
+
+
+def _total_decay(log_decay, segments, heads):
+    """Log decay over the whole shard, (B, H) or (B, H, K), and whether it is one document, (B,)."""
+    B, T = segments.shape
+    if log_decay is None:
+        log_decay = jnp.zeros((heads,), jnp.float32)
+    if log_decay.ndim == 1:
+        log_decay = jnp.broadcast_to(log_decay, (B, T, heads))
+    real = (segments != 0).reshape(B, T, *[1] * (log_decay.ndim - 2))
+    return jnp.where(real, log_decay.astype(jnp.float32), 0.0).sum(1), sequence.one_document(segments)
+
+
+def _entering_normalized(rules, exchange, segments, total, whole, state, normalizer):
+    empty = 0.0 if normalizer == "mlstm" else EMPTY_LOG_SCALE
+    nothing = NormalizedState(jnp.zeros_like(state.value), jnp.zeros_like(state.key_sum), jnp.full_like(state.log_scale, empty))
+    keep = jnp.broadcast_to(whole[:, None], total.shape)
+    zero = ((jnp.zeros_like(total), jnp.zeros_like(keep)), nothing)
+    size, passes_B = rules.size("seq"), sequence.goes_on(segments, size=rules.size("seq"))
+    algebra = carry.normalized(empty)
+    return carry.incoming((total, keep), state, zero, passes_B, algebra, exchange or rules.carry, size)

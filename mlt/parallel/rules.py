@@ -29,9 +29,17 @@ LOGICAL_TO_MESH: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Where arrays live. `mesh=None` means one device and no constraints."""
+    """Where arrays live. `mesh=None` means one device and no constraints.
+
+    Attributes:
+        mesh: the devices.
+        carry: how states of recurrences cross sequence shards (`carry.EXCHANGES`).
+        attention: what of attention crosses sequence shards (`ring.STRATEGIES`); None takes what moves least.
+    """
 
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None
+    carry: str = "gather"
+    attention: str | None = None
 
     def size(self, logical: str) -> int:
         """Number of shards along a logical axis."""

@@ -1,0 +1,273 @@
+"""Softmax attention over sequence shards: keys and values travel, queries stay, or heads and tokens change places.
+
+    gather    every shard gathers all keys and values (LASP-2H, arXiv 2502.07563)
+    window    every shard gets the `window - 1` keys and values in front of it, and nothing else
+    ring      keys and values go round, one shard a step; partial results merge by log-sum-exp (arXiv 2310.01889)
+    zigzag    the ring on shards that hold an early and a late piece of the row each, so that a causal mask leaves every
+              device the same work in every step; tokens change places by four collective-permutes
+    heads     tokens and heads change places by all-to-all, every device attends over whole rows (Ulysses, arXiv 2309.14509)
+
+The ring has a backward pass of its own: gradients of keys and values travel with them, and each step computes its part
+again from the saved log-sum-exp, so that no device ever holds more than two shards of keys and values.
+These functions run inside `shard_map`.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import mlt_kernels
+from jax import Array
+from mlt_kernels.attention import EMPTY_LSE
+
+from mlt.parallel import sequence
+
+Strategy = Literal["gather", "window", "ring", "zigzag", "heads"]
+STRATEGIES: tuple[Strategy, ...] = ("gather", "window", "ring", "zigzag", "heads")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What stays the same for every part of one call."""
+
+    size: int
+    window: int | None = None
+    softcap: float | None = None
+    scale: float | None = None
+    implementation: Any = None
+
+    def attend(self, q: Array, k: Array, v: Array, segments: Any, positions: Any, **more: Any) -> Any:
+        return mlt_kernels.attention(
+            q,
+            k,
+            v,
+            segment_ids=segments,
+            positions=positions,
+            window=self.window,
+            softcap=self.softcap,
+            scale=self.scale,
+            implementation=self.implementation,
+            **more,
+        )
+
+
+def bytes_moved(strategy: str, *, tokens: int, heads: int, kv_heads: int, window: int | None, size: int) -> float:
+    """Values that a device receives in a forward pass, in units of one head's width, for one row of `tokens` tokens."""
+    share = (size - 1) / size
+    if strategy == "heads":
+        return 2 * tokens / size * share * (heads + max(kv_heads, size))
+    if strategy == "window":
+        return 2 * kv_heads * min((window or tokens) - 1, tokens)
+    own = 2 * tokens / size * share * (heads + kv_heads) if strategy == "zigzag" else 0
+    return 2 * kv_heads * tokens * share + own
+
+
+def choose(*, tokens: int, heads: int, kv_heads: int, window: int | None, size: int) -> Strategy:
+    """The strategy that moves least among those that this shape allows.
+
+    Args:
+        tokens: of a whole row; a multiple of `size`.
+        heads, kv_heads: of one tensor shard.
+    """
+    if window is not None and window - 1 <= tokens // size * (size - 1) // 2:
+        return "window"
+    allowed: list[Strategy] = ["zigzag" if tokens % (2 * size) == 0 else "ring"]
+    if heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0):
+        allowed.insert(0, "heads")
+    shape = {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "window": window, "size": size}
+    return min(allowed, key=lambda strategy: bytes_moved(strategy, **shape))
+
+
+def refusal(strategy: str, *, tokens: int, heads: int, kv_heads: int, window: int | None, size: int) -> str | None:
+    """Why this strategy cannot run on this shape; None if it can."""
+    if strategy == "window" and window is None:
+        return "needs a window"
+    if strategy == "zigzag" and tokens % (2 * size):
+        return f"needs rows that are a multiple of 2 * {size} tokens, got {tokens}"
+    if strategy == "heads":
+        if heads % size:
+            return f"needs {size} shards to divide the {heads} heads of a tensor shard"
+        if kv_heads % size and size % kv_heads:
+            return f"needs {size} shards and the {kv_heads} key-value heads of a tensor shard to divide one another"
+    return None
+
+
+def attend(q: Array, k: Array, v: Array, segment_ids: Array, sinks: Array | None, strategy: str, options: Options) -> Array:
+    """Causal attention of the rows whose shards these are: (B, T, N, P)."""
+    run = {"gather": _gather, "window": _window, "heads": _heads}.get(strategy)
+    if run is not None:
+        return run(q, k, v, segment_ids, sinks, options)
+    zigzag = strategy == "zigzag"
+    inputs = (q, k, v, segment_ids)
+    if zigzag:
+        inputs = jax.tree.map(lambda x: _to_zigzag(x, options.size), inputs)
+    o, lse = _ring(dataclasses.replace(options), zigzag, *inputs)
+    if zigzag:
+        o, lse = (_from_zigzag(x, options.size) for x in (o, lse))
+    if sinks is not None:
+        # A sink joins the denominator once, whatever the number of parts.
+        o = o * jnp.exp(lse - jnp.logaddexp(lse, sinks))[..., None]
+    return o.astype(v.dtype)
+
+
+def _gather(q, k, v, segment_ids, sinks, options):
+    whole = [jax.lax.all_gather(x, sequence.AXIS, axis=1, tiled=True) for x in (k, v, segment_ids)]
+    positions = _positions(q.shape, sequence.offset(q.shape[1])), _positions(whole[0].shape, 0)
+    return options.attend(q, whole[0], whole[1], (segment_ids, whole[2]), positions, sinks=sinks)
+
+
+def _window(q, k, v, segment_ids, sinks, options):
+    width = min(options.window - 1, (options.size - 1) * q.shape[1])
+    keys, values, segments = sequence.with_front((k, v, segment_ids), width, options.size)
+    here = sequence.offset(q.shape[1])
+    positions = _positions(q.shape, here), _positions(keys.shape, here - width)
+    return options.attend(q, keys, values, (segment_ids, segments), positions, sinks=sinks)
+
+
+def _heads(q, k, v, segment_ids, sinks, options):
+    size = options.size
+    repeats = math.lcm(k.shape[2], size) // k.shape[2]
+
+    def spread(x: Array) -> Array:
+        """(B, T, heads, ...) -> (B, T size, heads / size, ...)"""
+        return jax.lax.all_to_all(x, sequence.AXIS, split_axis=2, concat_axis=1, tiled=True)
+
+    k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
+    segments = jax.lax.all_gather(segment_ids, sequence.AXIS, axis=1, tiled=True)
+    if sinks is not None:
+        mine = q.shape[2] // size
+        sinks = jax.lax.dynamic_slice_in_dim(sinks, sequence.index() * mine, mine)
+    o = options.attend(spread(q), spread(k), spread(v), segments, None, sinks=sinks)
+    return jax.lax.all_to_all(o, sequence.AXIS, split_axis=1, concat_axis=2, tiled=True)
+
+
+def _positions(shape: tuple[int, ...], start: Array | int) -> Array:
+    return jnp.broadcast_to(start + jnp.arange(shape[1], dtype=jnp.int32), shape[:2])
+
+
+def _halves(length: int, size: int, zigzag: bool, shard: Array) -> Array:
+    """(T,) row indices of a shard's tokens."""
+    tokens = jnp.arange(length, dtype=jnp.int32)
+    if not zigzag:
+        return shard * length + tokens
+    half = length // 2
+    late = (2 * size - 1 - shard) * half
+    return jnp.where(tokens < half, shard * half + tokens, late + tokens - half)
+
+
+def _to_zigzag(x: Array, size: int) -> Array:
+    """From tokens in order to halves d and 2 size - 1 - d of the row on shard d."""
+    half = x.shape[1] // 2
+    home = lambda piece: piece if piece < size else 2 * size - 1 - piece  # noqa: E731
+    even = jax.lax.ppermute(x[:, :half], sequence.AXIS, [(d, home(2 * d)) for d in range(size)])
+    odd = jax.lax.ppermute(x[:, half:], sequence.AXIS, [(d, home(2 * d + 1)) for d in range(size)])
+    early_is_even = sequence.index() % 2 == 0
+    early, late = jnp.where(early_is_even, even, odd), jnp.where(early_is_even, odd, even)
+    return jnp.concatenate([early, late], axis=1)
+
+
+def _from_zigzag(x: Array, size: int) -> Array:
+    half = x.shape[1] // 2
+    early, late = x[:, :half], x[:, half:]
+    early_is_even = sequence.index() % 2 == 0
+    even, odd = jnp.where(early_is_even, early, late), jnp.where(early_is_even, late, early)
+    home = lambda piece: piece if piece < size else 2 * size - 1 - piece  # noqa: E731
+    first = jax.lax.ppermute(even, sequence.AXIS, [(home(2 * d), d) for d in range(size)])
+    second = jax.lax.ppermute(odd, sequence.AXIS, [(home(2 * d + 1), d) for d in range(size)])
+    return jnp.concatenate([first, second], axis=1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _ring(options: Options, zigzag: bool, q: Array, k: Array, v: Array, segment_ids: Array) -> tuple[Array, Array]:
+    """(o, lse) in float32 of this shard's queries over all keys."""
+    size = options.size
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    start = (jnp.zeros((*q.shape[:3], v.shape[3]), wide), jnp.full(q.shape[:3], EMPTY_LSE, wide))
+
+    def step(carry, hop):
+        travelling, (o, lse) = carry
+        part = _part(options, zigzag, hop, q, segment_ids, travelling)
+        merged = jnp.logaddexp(lse, part[1])
+        o = jnp.exp(lse - merged)[..., None] * o + jnp.exp(part[1] - merged)[..., None] * part[0]
+        return (sequence.rotate(travelling, size), (o, merged)), None
+
+    return jax.lax.scan(step, ((k, v, segment_ids), start), jnp.arange(size))[0][1]
+
+
+def _ring_fwd(options, zigzag, q, k, v, segment_ids):
+    o, lse = _ring(options, zigzag, q, k, v, segment_ids)
+    return (o, lse), (q, k, v, segment_ids, o, lse)
+
+
+def _ring_bwd(options, zigzag, saved, cotangents):
+    q, k, v, segment_ids, o, lse = saved
+    do, dlse = cotangents
+
+    def step(carry, hop):
+        (k, v, segments, dk, dv), dq = carry
+
+        def part_of(q, k, v):
+            return _part(options, zigzag, hop, q, segment_ids, (k, v, segments))
+
+        (part_o, part_lse), pull = jax.vjp(part_of, q, k, v)
+        # o = sum_i exp(lse_i - lse) o_i and lse = log sum_i exp(lse_i), differentiated in (o_i, lse_i).
+        weight = jnp.exp(part_lse - lse)
+        inner = jnp.sum(do * (part_o - o), axis=-1) + dlse
+        grads = pull(((weight[..., None] * do).astype(part_o.dtype), (weight * inner).astype(part_lse.dtype)))
+        dq, dk, dv = (total + grad.astype(total.dtype) for total, grad in zip((dq, dk, dv), grads, strict=True))
+        return (sequence.rotate((k, v, segments, dk, dv), options.size), dq), None
+
+    wide = o.dtype
+    zeros = [jnp.zeros(x.shape, wide) for x in (q, k, v)]
+    start = ((k, v, segment_ids, zeros[1], zeros[2]), zeros[0])
+    ((_, _, _, dk, dv), dq), _ = jax.lax.scan(step, start, jnp.arange(options.size))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_ring.defvjp(_ring_fwd, _ring_bwd)
+
+
+def _part(options: Options, zigzag: bool, hop: Array, q: Array, segment_ids: Array, travelling: Any) -> tuple[Array, Array]:
+    """(o, lse) in float32 of the queries over the keys that are here at step `hop`; only pairs that a mask may let see."""
+    k, v, key_segments = travelling
+    size, length = options.size, q.shape[1]
+    here = sequence.index()
+    source = (here - hop) % size
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    query_rows, key_rows = _halves(length, size, zigzag, here), _halves(length, size, zigzag, source)
+
+    def piece(queries: slice, keys: slice) -> tuple[Array, Array]:
+        rows = [jnp.broadcast_to(x, (q.shape[0], x.shape[0])) for x in (query_rows[queries], key_rows[keys])]
+        o, lse = options.attend(
+            q[:, queries],
+            k[:, keys],
+            v[:, keys],
+            (segment_ids[:, queries], key_segments[:, keys]),
+            tuple(rows),
+            return_lse=True,
+        )
+        return o.astype(wide), lse.astype(wide)
+
+    def nothing(queries: int) -> tuple[Array, Array]:
+        shape = (q.shape[0], queries, q.shape[2])
+        return jnp.zeros((*shape, v.shape[3]), wide), jnp.full(shape, EMPTY_LSE, wide)
+
+    everything = slice(None)
+
+    def own():
+        return piece(everything, everything)
+
+    def from_the_left():
+        return piece(everything, slice(0, length // 2) if zigzag else everything)
+
+    def from_the_right():
+        if not zigzag:
+            return nothing(length)
+        late = piece(slice(length // 2, None), everything)
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), nothing(length // 2), late)
+
+    case = jnp.where(source == here, 0, jnp.where(source < here, 1, 2))
+    return jax.lax.switch(case, (own, from_the_left, from_the_right))
