@@ -3,12 +3,12 @@
 Nothing heavy is imported before it is needed: help and wrong command lines answer without JAX.
 """
 
+import os
 import sys
+import traceback
 from pathlib import Path
 
 import click
-
-EXIT_USER, EXIT_PREEMPTED = 2, 75
 
 config_argument = click.argument("config", type=click.Path(path_type=Path))
 run_argument = click.argument("run_dir", metavar="RUN_DIR", type=click.Path(path_type=Path, exists=True, file_okay=False))
@@ -20,6 +20,14 @@ def config_options(command):
     leaf = "Replace one leaf of the config; may repeat."
     command = click.option("--set", "sets", multiple=True, metavar="A.B=VALUE", help=leaf)(command)
     return click.option("--arg", "args", multiple=True, metavar="NAME=VALUE", help=words)(command)
+
+
+def process_options(command):
+    """What tells the processes of a run apart, for every command that trains."""
+    where = "Address of process 0, the same for all; or MLT_COORDINATOR, or found inside srun."
+    command = click.option("--process-id", type=int, help="Which process this is, from 0; or MLT_PROCESS_ID.")(command)
+    command = click.option("--num-processes", type=int, help="How many there are; or MLT_NUM_PROCESSES.")(command)
+    return click.option("--coordinator", metavar="HOST:PORT", help=where)(command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -36,13 +44,28 @@ def cli() -> None:
 @click.option(
     "--run-dir", required=True, type=click.Path(path_type=Path), help="Where the run lives; an existing run is resumed."
 )
+@process_options
 @config_options
-def train(config: Path, run_dir: Path, args: tuple[str, ...], sets: tuple[str, ...]) -> None:
-    """Start a run, or resume what the run directory holds."""
+def train(
+    config: Path,
+    run_dir: Path,
+    args: tuple[str, ...],
+    sets: tuple[str, ...],
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+) -> None:
+    """Start a run, or resume what the run directory holds.
+
+    On several machines, start the same command on each of them: see docs/distributed.md.
+    """
+    from mlt.train.processes import find_processes
+
+    processes = find_processes(os.environ, coordinator=coordinator, num_processes=num_processes, process_id=process_id)
     loaded = _load(config, args, sets)
     from mlt.train.loop import train
 
-    train(loaded, run_dir)
+    train(loaded, run_dir, processes)
 
 
 @cli.command()
@@ -60,13 +83,18 @@ def check(config: Path, params: bool, args: tuple[str, ...], sets: tuple[str, ..
 @cli.command()
 @config_argument
 @click.option("--seed", default=0, show_default=True, help="Of the random weights and documents.")
+@click.option("--mesh", metavar="AXIS=N,...", help="Compare this layout with one device instead, e.g. context=4,fsdp=2.")
 @config_options
-def verify(config: Path, seed: int, args: tuple[str, ...], sets: tuple[str, ...]) -> None:
-    """Prove isolation, causality, decoding and finite gradients of a config's model."""
+def verify(config: Path, seed: int, mesh: str | None, args: tuple[str, ...], sets: tuple[str, ...]) -> None:
+    """Prove isolation, causality, decoding and finite gradients of a config's model, or that a layout computes the same."""
     loaded = _load(config, args, sets)
-    from mlt.verify.run import verify
+    from mlt.verify.run import parse_layout, verify, verify_mesh
 
-    if not verify(loaded, seed=seed, say=click.echo):
+    if mesh is None:
+        passed = verify(loaded, seed=seed, say=click.echo)
+    else:
+        passed = verify_mesh(loaded, parse_layout(mesh, loaded.mesh), seed=seed, say=click.echo)
+    if not passed:
         sys.exit(1)
 
 
@@ -88,11 +116,35 @@ def generate(run_dir: Path, prompt: str, tokens: int, temperature: float, seed: 
 @run_argument
 @click.option("--to", "target", required=True, type=click.Path(path_type=Path), help="Directory to write.")
 @click.option("--step", type=int, help="Checkpoint to use; the newest by default.")
-def export(run_dir: Path, target: Path, step: int | None) -> None:
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["mlt", "huggingface"]),
+    default="mlt",
+    show_default=True,
+    help="huggingface: an architecture that transformers knows, where there is one for the model.",
+)
+def export(run_dir: Path, target: Path, step: int | None, form: str) -> None:
     """Write weights (safetensors), config, tokenizer and parameter table."""
+    if form == "huggingface":
+        from mlt.export.huggingface.exports import export_huggingface
+
+        click.echo(export_huggingface(run_dir, target, step=step))
+        return
     from mlt.export.safetensors import export_run
 
     click.echo(export_run(run_dir, target, step=step))
+
+
+@cli.command("import")
+@click.argument("source", metavar="HF_DIR", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--run-dir", required=True, type=click.Path(path_type=Path), help="New directory of the run.")
+@click.option("--set", "sets", multiple=True, metavar="A.B=VALUE", help="Replace one leaf of the run's config; may repeat.")
+def import_(source: Path, run_dir: Path, sets: tuple[str, ...]) -> None:
+    """Make a run of a model directory of transformers: config.json, safetensors and tokenizer.json."""
+    from mlt.export.huggingface.imports import import_run
+
+    click.echo(import_run(source, run_dir, sets=sets))
 
 
 @cli.command()
@@ -102,6 +154,18 @@ def report(run_dir: Path) -> None:
     from mlt.report.page import write_report
 
     click.echo(write_report(run_dir))
+
+
+@cli.command()
+@click.argument("op", required=False)
+@click.option("--backend", "backends", multiple=True, help="Time this backend only; may repeat.")
+@click.option("--suite", help="Shapes: cpu, small, std or long; by default those of the device at hand.")
+def bench(op: str | None, backends: tuple[str, ...], suite: str | None) -> None:
+    """Time ops on this device: error, forward, forward+backward, floor, peers that import."""
+    from mlt.bench.run import bench
+
+    if not bench(op, backends=backends, suite=suite, say=click.echo):
+        sys.exit(1)
 
 
 def _load(path: Path, args: tuple[str, ...], sets: tuple[str, ...]):
@@ -114,19 +178,19 @@ def _load(path: Path, args: tuple[str, ...], sets: tuple[str, ...]):
 
 def main() -> None:
     """Run the command; turn known failures into one message and an exit code."""
-    from mlt.errors import Preempted, RunFailed, UserError
+    from mlt.errors import EXIT_FAILED, EXIT_LOST, EXIT_PREEMPTED, EXIT_USER, PeerLost, Preempted, RunFailed, UserError
 
+    codes = {UserError: EXIT_USER, RunFailed: EXIT_FAILED, PeerLost: EXIT_LOST, Preempted: EXIT_PREEMPTED}
     try:
         cli(standalone_mode=True)
-    except UserError as error:
+    except tuple(codes) as error:
         click.echo(f"mlt: {error}", err=True)
-        sys.exit(EXIT_USER)
-    except RunFailed as error:
-        click.echo(f"mlt: {error}", err=True)
-        sys.exit(1)
-    except Preempted as stop:
-        click.echo(f"mlt: {stop}", err=True)
-        sys.exit(EXIT_PREEMPTED)
+        code = next(code for kind, code in codes.items() if isinstance(error, kind))
+    except Exception:
+        traceback.print_exc()
+        code = EXIT_FAILED
+    distributed = sys.modules.get("mlt.train.distributed")
+    (sys.exit if distributed is None else distributed.leave)(code)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from mlt_kernels import cross_entropy
 
 from mlt.mixers.base import Context
 from mlt.model.lm import LM
 from mlt.model.remat import Remat
+from mlt.parallel import ops
 from mlt.parallel.rules import Rules
 
 Batch = dict[str, jax.Array]
@@ -24,7 +24,8 @@ def token_losses(
 ) -> tuple[jax.Array, Any]:
     """(weighted loss per token (B, T) float32 in nats, mixers' aux). Logits never exist whole."""
     hidden_BTD, aux = model(context_of(batch, rules, train=train), dtype=dtype, remat=remat)
-    losses_BT = cross_entropy(
+    losses_BT = ops.cross_entropy(
+        rules,
         hidden_BTD,
         model.unembedding().astype(dtype),
         batch["targets"],

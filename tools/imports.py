@@ -17,6 +17,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "run_paths": ("errors",),
     "config": ("errors",),
     "nn": ("kernels", "errors"),
+    "bench": ("kernels", "errors"),
     "parallel": ("kernels", "nn", "config", "errors"),
     "mixers": ("kernels", "nn", "parallel", "config", "errors"),
     "model": ("kernels", "nn", "parallel", "mixers", "config", "errors"),
@@ -27,9 +28,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "plan": ("kernels", "model", "mixers", "parallel", "nn", "config", "errors", "train"),
     "train": ("model", "mixers", "nn", "parallel", "data", "optim", "loss", "checkpoint", "report", "plan", *COMMON),
     "checkpoint": ("errors",),
-    "export": ("model", "mixers", "nn", "parallel", "train", "config", "errors", "__init__"),
+    "export": ("model", "mixers", "nn", "parallel", "data", "train", "checkpoint", "config", "errors", "__init__"),
     "evals": ("model", "parallel", "train", "config", "errors"),
-    "verify": ("model", "mixers", "nn", "parallel", "loss", "train", "config", "errors"),
+    "verify": ("model", "mixers", "nn", "parallel", "loss", "train", "plan", "config", "errors"),
 }
 """Package of mlt -> packages of mlt it may import, its own always included; "kernels" is mlt_kernels."""
 

@@ -8,8 +8,11 @@ from mlt_kernels import dispatch
 from mlt.config.dump import to_yaml
 from mlt.config.problems import ConfigError, Problem, collect_problems, walk
 from mlt.config.run import RunConfig
-from mlt.mixers.base import MixerConfig
-from mlt.parallel.rules import Rules
+from mlt.mixers.base import MixerConfig, SequenceMixerConfig
+from mlt.parallel import carry, ring
+
+CROSSINGS: dict[str, tuple[str, ...]] = {"ring": ring.STRATEGIES, "carry": carry.EXCHANGES, "halo": ()}
+"""Kind of mixer (`SequenceMixerConfig.context`) -> ways in which what it needs can cross sequence shards."""
 
 
 def check_run(config: RunConfig) -> None:
@@ -29,6 +32,7 @@ def cross_section_problems(config: RunConfig) -> Iterator[Problem]:
     """Problems between sections, each with its way out."""
     yield from _batch(config)
     yield from _kernels(config)
+    yield from _sequence_shards(config)
     try:
         config.data.check_files()
     except ConfigError as error:
@@ -65,11 +69,53 @@ def _kernels(config: RunConfig) -> Iterator[Problem]:
             yield Problem(f"{path}.kernel", name, f"is no backend of {node.op}", ways)
 
 
+def _sequence_shards(config: RunConfig) -> Iterator[Problem]:
+    """What cannot be split over sequence shards, or not in the way that is asked for."""
+    shards, length = config.mesh.context, config.data.sequence_length
+    for path, mixer in walk(config.model, "model"):
+        if not isinstance(mixer, SequenceMixerConfig):
+            continue
+        ways = CROSSINGS.get(mixer.context, ())
+        if mixer.exchange is not None and mixer.exchange not in ways:
+            rule = f"is no way to split {type(mixer).__name__} over sequence shards"
+            yield Problem(f"{path}.exchange", mixer.exchange, rule, f"use {', '.join(ways)}" if ways else "leave it None")
+        elif shards > 1 and mixer.context not in CROSSINGS:
+            rule = f"splits sequences, and {type(mixer).__name__} ({path}) works on whole ones"
+            yield Problem("mesh.context", shards, rule, "use mesh.context=1, or leave that mixer out")
+    if shards > 1 and length % shards:
+        below = length // shards * shards
+        fitting = [n for n in range(1, min(length, 2 * shards) + 1) if length % n == 0]
+        ways_out = f"use sequences of {below or shards} or {below + shards} tokens, or mesh.context={max(fitting)}"
+        yield Problem("data.sequence_length", length, f"must be a multiple of mesh.context = {shards}", ways_out)
+    elif shards > 1:
+        yield from _attention_shards(config)
+
+
+def _attention_shards(config: RunConfig) -> Iterator[Problem]:
+    mesh = config.mesh
+    for path, mixer in walk(config.model, "model"):
+        strategy = getattr(mixer, "exchange", None) or mesh.attention
+        if not isinstance(mixer, SequenceMixerConfig) or mixer.context != "ring" or strategy is None:
+            continue
+        heads, kv_heads = mixer.num_heads, mixer.kv_heads
+        shape = {"heads": heads // mesh.tensor, "kv_heads": max(kv_heads // mesh.tensor, 1)}
+        window = getattr(mixer, "window", None)
+        why = ring.refusal(strategy, **shape, tokens=config.data.sequence_length, window=window, size=mesh.context)
+        if why is not None:
+            named = f"{path}.exchange" if mixer.exchange else "mesh.attention"
+            fitting = [
+                s
+                for s in ring.STRATEGIES
+                if not ring.refusal(s, **shape, tokens=config.data.sequence_length, window=window, size=mesh.context)
+            ]
+            yield Problem(named, strategy, f"{why} ({path})", f"use {', '.join(fitting)}, or None for the cheapest")
+
+
 def _shards(config: RunConfig) -> Iterator[Problem]:
     """Sizes that tensor and expert shards must divide, read from the described parameters."""
     if config.mesh.num_devices <= 1 or collect_problems(config.model) or collect_problems(config.mesh):
         return
-    rules = Rules(config.mesh.abstract())
+    rules = config.mesh.abstract_rules()
     specs = config.model.build(config.data.tokenizer.token_strings())
     for axes, shards, rule, ways_out in rules.indivisible(specs):
         yield Problem(f"mesh.{axes}", shards, rule, ways_out)

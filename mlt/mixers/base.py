@@ -148,12 +148,15 @@ class SequenceMixerConfig(MixerConfig):
 
     Attributes:
         kernel: backend of its op; None takes the best available, a name is strict.
+        exchange: how this layer crosses sequence shards, in place of the layout's choice (`mesh.carry`, `mesh.attention`).
     """
 
     context: ClassVar[str]
-    """How it crosses shards of a sequence: `heads`, `ring`, `carry` or `halo` (`parallel/context.py`)."""
+    """What crosses shards of a sequence: `ring` (keys and values, `parallel/ring.py`), `carry` (a state that is linear in
+    the one before, `parallel/carry.py`), `halo` (a few inputs), or `none`: whole sequences only."""
 
     kernel: str | None = None
+    exchange: str | None = None
 
 
 class ChannelMixerConfig(MixerConfig):

@@ -1,5 +1,6 @@
 """A block: an ordered list of residual sub-layers, each a norm and a mixer."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,11 +24,15 @@ class Block(Config):
         mixers: the sub-layers, in order.
         norm_eps: of the norms.
         post_norm: also normalize each mixer's output before it is added.
+        unit_offset_norm: the norms multiply by 1 + scale.
+        residual_scale: factor on each mixer's output before it is added.
     """
 
     mixers: tuple[MixerConfig, ...]
     norm_eps: float = 1e-6
     post_norm: bool = False
+    unit_offset_norm: bool = False
+    residual_scale: float = 1.0
 
     def problems(self) -> Iterator[Problem]:
         if not self.mixers:
@@ -41,12 +46,17 @@ class SubLayer(nnx.Module):
     """One residual addition."""
 
     def __init__(self, mixer: MixerConfig, config: Block, info: BuildInfo):
-        self.norm = RMSNorm(info.d_model, axis="embed", eps=config.norm_eps) if mixer.pre_norm else None
+        norm = {"axis": "embed", "eps": config.norm_eps, "unit_offset": config.unit_offset_norm}
+        self.norm = RMSNorm(info.d_model, **norm) if mixer.pre_norm else None
         self.mixer = mixer.build(info)
-        self.post_norm = RMSNorm(info.d_model, axis="embed", eps=config.norm_eps) if config.post_norm else None
+        self.post_norm = RMSNorm(info.d_model, **norm) if config.post_norm else None
+        self.residual_scale = config.residual_scale
+        self.exchange = getattr(mixer, "exchange", None)
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
         x_BTD = save_point(x_BTD, "sub_layer_in")
+        if self.exchange is not None:
+            ctx = dataclasses.replace(ctx, rules=ctx.rules.exchanging(self.exchange))
         y_BTD, aux = self.mixer(x_BTD if self.norm is None else self.norm(x_BTD), ctx)
         return self._add(x_BTD, save_point(y_BTD, "mixer_out"), ctx), aux
 
@@ -57,6 +67,8 @@ class SubLayer(nnx.Module):
     def _add(self, x_BTD, y_BTD, ctx):
         if self.post_norm is not None:
             y_BTD = self.post_norm(y_BTD)
+        if self.residual_scale != 1.0:
+            y_BTD = y_BTD * self.residual_scale
         return ctx.rules.constrain(x_BTD + y_BTD, STREAM)
 
 

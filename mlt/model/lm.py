@@ -1,5 +1,6 @@
 """The one model class: embed, stack, norm, head."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ from mlt.model.stack import Stack, StackAux
 from mlt.nn.embed import Embedding
 from mlt.nn.norm import RMSNorm
 from mlt.nn.param import fan_in, param
+from mlt.parallel import ops
+from mlt.parallel.rules import Rules
 
 
 class LMConfig(Config):
@@ -29,6 +32,9 @@ class LMConfig(Config):
         embed_std: standard deviation of the embedding at initialization.
         logit_softcap: logits become cap * tanh(logit / cap).
         norm_eps: of the final norm.
+        unit_offset_norm: the final norm multiplies by 1 + scale.
+        embed_scale: factor on the embedded tokens.
+        logit_scale: factor on the logits, applied to what they are made of.
     """
 
     d_model: int
@@ -38,6 +44,9 @@ class LMConfig(Config):
     embed_std: float = 0.02
     logit_softcap: float | None = None
     norm_eps: float = 1e-6
+    unit_offset_norm: bool = False
+    embed_scale: float = 1.0
+    logit_scale: float = 1.0
 
     def problems(self) -> Iterator[Problem]:
         for name in ("d_model", "vocab_size"):
@@ -65,16 +74,16 @@ class LM(nnx.Module):
         self.config = config
         self.embed = Embedding(config.vocab_size, config.d_model, std=config.embed_std)
         self.stack = config.stack.build(info)
-        self.norm = RMSNorm(config.d_model, axis="embed", eps=config.norm_eps)
+        self.norm = RMSNorm(config.d_model, axis="embed", eps=config.norm_eps, unit_offset=config.unit_offset_norm)
         shape = (config.d_model, config.vocab_size)
         head = None if config.tie_embeddings else param(shape, ("embed", "vocab"), fan_in(config.d_model), group="embedding")
         self.head = head
 
     def __call__(self, ctx: Context, *, dtype: jnp.dtype, remat: Remat) -> tuple[jax.Array, StackAux]:
         """Final hidden states (B, T, D) in `dtype`, and every mixer's aux."""
-        x_BTD = ctx.rules.constrain(self.embed(ctx.token_ids, dtype), STREAM)
+        x_BTD = ctx.rules.constrain(self._embedded(ctx, dtype), STREAM)
         x_BTD, aux = self.stack(x_BTD, ctx, remat)
-        return self.norm(x_BTD), aux
+        return self._final(x_BTD), aux
 
     def unembedding(self) -> jax.Array:
         """(D, V) matrix that turns hidden states into logits."""
@@ -92,11 +101,21 @@ class LM(nnx.Module):
 
     def step(self, state: Any, ctx: Context, *, dtype: jnp.dtype) -> tuple[jax.Array, Any]:
         """Hidden states of T more tokens and the state behind them."""
-        x_BTD, state = self.stack.step(self.embed(ctx.token_ids, dtype), state, ctx)
-        return self.norm(x_BTD), state
+        # A few tokens of one row cannot be cut over a mesh: the partitioner lays decoding out, from where parameters lie.
+        ctx = dataclasses.replace(ctx, rules=Rules(None))
+        x_BTD, state = self.stack.step(self._embedded(ctx, dtype), state, ctx)
+        return self._final(x_BTD), state
 
     def updated(self, aux: StackAux) -> "LM":
         """The model with its buffers moved on after an optimizer step."""
         new = jax.tree.map(lambda leaf: leaf, self)
         new.stack = self.stack.updated(aux)
         return new
+
+    def _embedded(self, ctx: Context, dtype: jnp.dtype) -> jax.Array:
+        x_BTD = ops.embedding(ctx.rules, self.embed.table[...], ctx.token_ids, dtype)
+        return x_BTD if self.config.embed_scale == 1.0 else x_BTD * self.config.embed_scale
+
+    def _final(self, x_BTD: jax.Array) -> jax.Array:
+        x_BTD = self.norm(x_BTD)
+        return x_BTD if self.config.logit_scale == 1.0 else x_BTD * self.config.logit_scale

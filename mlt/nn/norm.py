@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mlt.nn.param import ones, param
+from mlt.nn.param import ones, param, zeros
 
 
 def rms_normalize(x: jax.Array, *, eps: float) -> jax.Array:
@@ -20,11 +20,16 @@ def l2_normalize(x: jax.Array, *, eps: float = 1e-6) -> jax.Array:
 
 
 class RMSNorm(nnx.Module):
-    """RMSNorm over the last dim with a learned scale (arXiv 1910.07467); output in the input's type."""
+    """RMSNorm over the last dim with a learned scale (arXiv 1910.07467); output in the input's type.
 
-    def __init__(self, size: int, *, axis: str | None = None, eps: float = 1e-6):
-        self.eps = eps
-        self.scale = param((size,), (axis,), ones, group="vector")
+    Args:
+        unit_offset: multiply by 1 + scale, the scale starting at 0, so that decay pulls towards the identity.
+    """
+
+    def __init__(self, size: int, *, axis: str | None = None, eps: float = 1e-6, unit_offset: bool = False):
+        self.eps, self.unit_offset = eps, unit_offset
+        self.scale = param((size,), (axis,), zeros if unit_offset else ones, group="vector")
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return (rms_normalize(x, eps=self.eps) * self.scale[...]).astype(x.dtype)
+        scale = self.scale[...] + 1.0 if self.unit_offset else self.scale[...]
+        return (rms_normalize(x, eps=self.eps) * scale).astype(x.dtype)

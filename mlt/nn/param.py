@@ -170,8 +170,18 @@ def initialize(module: M, seed: int, shardings: M | None = None) -> M:
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(module)
     places = [None] * len(flat) if shardings is None else jax.tree.leaves(shardings)
-    leaves = [jax.device_put(spec.make(seed, path_name(path)), place) for (path, spec), place in zip(flat, places, strict=True)]
+    leaves = [put(spec.make(seed, path_name(path)), place) for (path, spec), place in zip(flat, places, strict=True)]
     return jax.tree_util.tree_unflatten(treedef, leaves)
+
+
+def put(values: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """An array of the whole mesh of values that every process has; no process sends any to another.
+
+    `jax.device_put` would first compare the values of all processes, at the price of moving them.
+    """
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(values, sharding)
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
 def stack_specs(module: M, count: int) -> M:

@@ -9,6 +9,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from mlt.config.base import Config
 from mlt.config.problems import Problem
 from mlt.errors import UserError
+from mlt.parallel.carry import Exchange
+from mlt.parallel.ring import Strategy
+from mlt.parallel.rules import Rules
 
 AXES = ("replica", "fsdp", "expert", "context", "tensor")
 """Slowest links first, so that tensor shards sit on neighbouring devices."""
@@ -23,6 +26,9 @@ class Layout(Config):
         context: the sequence split.
         tensor: heads, hidden units and the vocabulary split.
         expert: experts split; also splits the batch.
+        carry: how states of recurrences cross sequence shards: "gather", "permute" or "ring" (`parallel/carry.py`).
+        attention: what of attention crosses sequence shards: "gather", "window", "ring", "zigzag" or "heads"
+            (`parallel/ring.py`); None takes, for each layer, what moves least.
     """
 
     replica: int = 1
@@ -30,6 +36,8 @@ class Layout(Config):
     context: int = 1
     tensor: int = 1
     expert: int = 1
+    carry: Exchange = "gather"
+    attention: Strategy | None = None
 
     @property
     def num_devices(self) -> int:
@@ -51,6 +59,18 @@ class Layout(Config):
         """The mesh without devices, for plans and lowering."""
         kinds = (AxisType.Auto,) * len(AXES)
         return AbstractMesh(tuple(self.shape().values()), AXES, axis_types=kinds)
+
+    def rules(self, devices: list[jax.Device] | None = None) -> Rules:
+        """The layout on real devices (default: all there are).
+
+        Raises:
+            UserError: the product of the degrees is not the number of devices.
+        """
+        return Rules(self.build(devices), carry=self.carry, attention=self.attention)
+
+    def abstract_rules(self) -> Rules:
+        """The layout on a mesh without devices."""
+        return Rules(self.abstract(), carry=self.carry, attention=self.attention)
 
     def build(self, devices: list[jax.Device] | None = None) -> Mesh:
         """The mesh over `devices` (default: all there are).

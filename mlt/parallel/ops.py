@@ -15,8 +15,8 @@ from mlt_kernels.linear_recurrence import NormalizedState
 from mlt_kernels.linear_recurrence.reference import EMPTY_LOG_SCALE
 
 from mlt.parallel import carry, ring, sequence
-from mlt.parallel.local import CHANNELS, HEADS, KV_HEADS, Q_HEADS, TOKENS, Axes, local
-from mlt.parallel.rules import Rules
+from mlt.parallel.local import CHANNELS, HEADS, KV_HEADS, Q_HEADS, STREAM, TOKENS, Axes, local
+from mlt.parallel.rules import LOGICAL_TO_MESH, Rules
 
 
 def linear_recurrence(
@@ -172,6 +172,90 @@ def with_left_context(
 
     inputs = tuple((*TOKENS, *(None,) * (x.ndim - 2)) for x in arrays) + tuple((None,) * x.ndim for x in others)
     return local(run, rules, inputs, output)(*arrays, *others)
+
+
+def embedding(rules: Rules, table_VD: jax.Array, token_ids_BT: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of a table split by `vocab`: each shard looks up its own, and the sum over shards has one that is not zero."""
+    if rules.mesh is None or rules.mesh.size == 1:
+        return jnp.take(table_VD, token_ids_BT, axis=0, mode="clip").astype(dtype)
+    shards, total = rules.size("vocab"), table_VD.shape[0]
+
+    def run(table, ids):
+        ids = jnp.clip(ids, 0, total - 1)
+        if shards == 1:
+            return jnp.take(table, ids, axis=0).astype(dtype)
+        own = ids - jax.lax.axis_index("tensor") * table.shape[0]
+        here = (own >= 0) & (own < table.shape[0])
+        rows = jnp.take(table, jnp.clip(own, 0, table.shape[0] - 1), axis=0).astype(dtype)
+        return jax.lax.psum(jnp.where(here[..., None], rows, jnp.zeros((), dtype)), "tensor")
+
+    return local(run, rules, (("vocab", None), TOKENS), STREAM)(table_VD, token_ids_BT)
+
+
+def cross_entropy(
+    rules: Rules,
+    hidden_BTD: jax.Array,
+    unembedding_DV: jax.Array,
+    labels_BT: jax.Array,
+    *,
+    weights: jax.Array,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> jax.Array:
+    """`mlt_kernels.cross_entropy` over the mesh, (B, T) losses. Vocabulary shards meet in two numbers per token."""
+    options = {"z_loss": z_loss, "softcap": softcap}
+    if rules.mesh is None or rules.mesh.size == 1:
+        return mlt_kernels.cross_entropy(hidden_BTD, unembedding_DV, labels_BT, weights=weights, **options)
+
+    def run(hidden, unembedding, labels, weights):
+        if rules.size("vocab") == 1:
+            return mlt_kernels.cross_entropy(hidden, unembedding, labels, weights=weights, **options)
+        own = labels - jax.lax.axis_index("tensor") * unembedding.shape[1]
+        loss, lse = mlt_kernels.cross_entropy(hidden, unembedding, own, softcap=softcap, return_lse=True)
+        label_logit = jax.lax.psum(lse - loss, "tensor")
+        lse = jax.nn.logsumexp(jax.lax.all_gather(lse, "tensor"), axis=0)
+        return weights * (lse - label_logit + z_loss * jnp.square(lse))
+
+    inputs = (STREAM, (None, "vocab"), TOKENS, TOKENS)
+    return local(run, rules, inputs, TOKENS)(hidden_BTD, unembedding_DV, labels_BT, weights)
+
+
+def row_lookup(
+    rules: Rules,
+    table_MV: jax.Array,
+    rows_BTK: jax.Array,
+    weights_BTK: jax.Array | None = None,
+    **options: Any,
+) -> jax.Array:
+    """`mlt_kernels.row_lookup` of a table whose rows are split over `memory` shards.
+
+    Each owner reads its rows for the tokens of all shards and the results meet in a reduce-scatter; weighted rows are
+    summed by their owner first. Bytes moved are those of the results, whatever the size of the table.
+    """
+    shards = rules.size("memory")
+
+    def run(table, rows, weights):
+        if shards > 1:
+            axis = LOGICAL_TO_MESH["memory"]
+            gather = lambda x: jax.lax.all_gather(x, axis, axis=0, tiled=True)  # noqa: E731
+            rows, weights = gather(rows), None if weights is None else gather(weights)
+            own = rows - jax.lax.axis_index(axis) * table.shape[0]
+            rows = jnp.where((rows >= 0) & (own >= 0) & (own < table.shape[0]), own, -1)
+        out = mlt_kernels.row_lookup(table, rows, weights, **options)
+        return out if shards == 1 else jax.lax.psum_scatter(out, axis, scatter_dimension=0, tiled=True)
+
+    choice = (*TOKENS, None)
+    output = STREAM if weights_BTK is not None else (*TOKENS, None, None)
+    return local(run, rules, (("memory", None), choice, choice), output)(table_MV, rows_BTK, weights_BTK)
+
+
+def top_k(rules: Rules, x: jax.Array, k: int, axes: Axes) -> tuple[jax.Array, jax.Array]:
+    """`jax.lax.top_k` along the last dim, which is whole; the partitioner would gather the others.
+
+    Args:
+        axes: logical axes of x.
+    """
+    return local(lambda x: tuple(jax.lax.top_k(x, k)), rules, (axes,), (axes, axes))(x)
 
 
 def _segments(like: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

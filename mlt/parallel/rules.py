@@ -41,6 +41,10 @@ class Rules:
     carry: str = "gather"
     attention: str | None = None
 
+    def exchanging(self, how: str) -> "Rules":
+        """The same layout for a layer that crosses sequence shards in a way of its own, whichever kind of layer it is."""
+        return dataclasses.replace(self, carry=how, attention=how)
+
     def size(self, logical: str) -> int:
         """Number of shards along a logical axis."""
         if self.mesh is None:

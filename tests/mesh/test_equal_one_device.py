@@ -10,7 +10,6 @@ import pytest
 from mlt.config.load import load_config
 from mlt.nn.param import named_leaves, partition
 from mlt.parallel.mesh import Layout
-from mlt.parallel.rules import Rules
 from mlt.train.setup import build_optimizer, describe_model, step_options
 from mlt.train.state import abstract_state, create_state
 from mlt.train.step import train_step
@@ -21,8 +20,10 @@ SMALL = {"width": "64", "sequence_length": "64", "batch_size": "8"}
 LAYOUTS = {
     "data": {"replica": 8},
     "fsdp_tensor": {"fsdp": 4, "tensor": 2},
-    "all": {"replica": 2, "fsdp": 2, "tensor": 2},
+    "tensor": {"replica": 2, "fsdp": 2, "tensor": 2},
     "expert": {"fsdp": 2, "expert": 4},
+    "context": {"context": 8, "carry": "permute"},
+    "all": {"fsdp": 2, "context": 2, "expert": 2, "carry": "ring", "attention": "zigzag"},
 }
 
 
@@ -37,7 +38,7 @@ class Step:
     """One compiled train step on a layout, from the same start on the same batch."""
 
     def __init__(self, config, layout: Layout, devices: int, grad_accumulation: int = 1):
-        rules = Rules(layout.build(jax.devices()[:devices]))
+        rules = layout.rules(jax.devices()[:devices])
         specs = describe_model(config)
         optimizer = build_optimizer(config, specs)
         options = step_options(config.replace(train=config.train.replace(grad_accumulation=grad_accumulation)), rules)
@@ -113,7 +114,7 @@ def test_micro_batches_equal_one_batch(config, single):
 
 
 def test_parameters_are_sharded_not_copied(config):
-    rules = Rules(Layout(fsdp=4, tensor=2).build())
+    rules = Layout(fsdp=4, tensor=2).rules()
     specs = describe_model(config)
     state = create_state(specs, build_optimizer(config, specs), rules, seed=0)
     trained, _ = partition(state.model)

@@ -7,21 +7,20 @@ from mlt_kernels import dispatch
 
 from mlt.config.load import load_config
 from mlt.parallel.mesh import Layout
-from mlt.parallel.rules import Rules
 from mlt.train.setup import build_optimizer, describe_model, step_options
 from mlt.train.state import abstract_batch, abstract_state
 from mlt.train.step import jit_train_step
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.py"))
-LAYOUT = Layout(replica=4, fsdp=8, tensor=2)
+LAYOUT = Layout(replica=2, fsdp=2, context=4, tensor=2, expert=2)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize("path", CONFIGS)
 def test_lowers_on_64_devices(path, platform):
     config = load_config(ROOT / path)
-    rules = Rules(LAYOUT.abstract())
+    rules = LAYOUT.abstract_rules()
     specs = describe_model(config)
     optimizer = build_optimizer(config, specs)
     state = abstract_state(specs, optimizer, rules)

@@ -108,7 +108,7 @@ def test_diagonal_recurrence(exchange, complex_):
     compare(call, arrays, rules(8))
 
 
-@pytest.mark.parametrize("width, dilation", [(4, 1), (4, 3)])
+@pytest.mark.parametrize(("width", "dilation"), [(4, 1), (4, 3)])
 def test_causal_conv(width, dilation):
     """With dilation 3 a tap reaches over a whole shard of 8 tokens."""
     arrays = {"x_BTD": normal(0, B, T, 8), "kernel_WD": normal(1, width, 8), "bias": normal(2, 8)}
@@ -130,7 +130,7 @@ ATTENTION = [
 ]
 
 
-@pytest.mark.parametrize("strategy, window, size", ATTENTION)
+@pytest.mark.parametrize(("strategy", "window", "size"), ATTENTION)
 def test_attention(strategy, window, size):
     arrays = {"q_BTNH": normal(0, B, T, 4, K), "k_BTKH": normal(1, B, T, 2, K), "v_BTKP": normal(2, B, T, 2, V)}
     arrays["sinks"] = normal(3, 4)

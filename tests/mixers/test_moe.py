@@ -241,7 +241,7 @@ def test_bias_steers_the_choice_and_not_the_weights():
     x, ctx = inputs()
     favoured = jnp.zeros(8).at[jnp.array([1, 4, 5])].set(9.0)
     mixer.router_bias = mixer.router_bias.replace(favoured)
-    scores, experts, weights = jax.jit(lambda m, x: (m.scores(x)[1], *m.choose(m.scores(x)[1])))(mixer, x)
+    scores, experts, weights = jax.jit(lambda m, x: (m.scores(x)[1], *m.choose(m.scores(x)[1], Rules())))(mixer, x)
     np.testing.assert_array_equal(np.sort(experts, axis=-1), np.broadcast_to([1, 4, 5], experts.shape))
     chosen = np.take_along_axis(np.asarray(scores), np.asarray(experts), axis=-1)
     assert_close(weights, 2.5 * chosen / chosen.sum(-1, keepdims=True), max_rel=1e-6)

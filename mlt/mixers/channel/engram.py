@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from mlt_kernels import row_lookup
 
 from mlt.config.problems import Problem
 from mlt.errors import UserError
@@ -17,6 +16,7 @@ from mlt.nn.linear import Linear
 from mlt.nn.ngram_hash import NgramTables, compression_map, multipliers, ngram_rows, ngram_tables, split_words
 from mlt.nn.norm import RMSNorm
 from mlt.nn.param import Buffer, buffer, fan_in, given, normal, param, zeros
+from mlt.parallel import ops
 
 ROW_MULTIPLE = 1024
 """The flat table is padded to a multiple of this many rows, so that it splits over any likely number of devices."""
@@ -147,7 +147,7 @@ class EngramMixer(Mixer):
         self.conv = CausalConv(stream, width=CONV_WIDTH, dilation=config.max_ngram, init=zeros) if config.conv else None
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
-        gated_BTD = self._gated(x_BTD, self.rows(self.compressed(ctx.token_ids), ctx.segment_ids))
+        gated_BTD = self._gated(x_BTD, self._rows_over(ctx), ctx)
         if self.conv is None or self.conv_norm is None:
             return gated_BTD, {}
         return gated_BTD + self.conv(self.conv_norm(gated_BTD), ctx, segment_ids_BT=self._conv_segments(ctx.segment_ids)), {}
@@ -165,7 +165,7 @@ class EngramMixer(Mixer):
         # The past goes under the first new token's segment where it is the same document, else under none.
         past_segment = jnp.where(keep, ctx.segment_ids[:, 0], 0)[:, None]
         segments = jnp.concatenate([jnp.broadcast_to(past_segment, state["ids"].shape), ctx.segment_ids], axis=1)
-        gated_BTD = self._gated(x_BTD, self.rows(ids, segments)[:, past:])
+        gated_BTD = self._gated(x_BTD, self.rows(ids, segments)[:, past:], ctx)
         ends = (segments[:, -past:] == segments[:, -1:]) | self.config.cross_document
         new = {"ids": jnp.where(ends, ids[:, -past:], -1), "segment": ctx.segment_ids[:, -1]}
         if self.conv is None or self.conv_norm is None:
@@ -182,18 +182,29 @@ class EngramMixer(Mixer):
 
     def rows(self, compressed_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
         """Rows of the table that each token reads, (B, T, S) int32; -1 for none. They depend on token ids alone."""
-        pad = self.config.pad_token_id
-        return ngram_rows(
-            compressed_BT,
-            segment_ids_BT,
-            self.multipliers[...],
-            self.tables,
-            pad_id=pad if self.token_map is None else self.token_map[...][pad],
-            cross_document=self.config.cross_document,
-        )
+        return self._hash(compressed_BT, segment_ids_BT, self.multipliers[...], self._pad_id())
 
-    def _gated(self, x_BTD, rows_BTS):
-        e_BTSH = row_lookup(self.table[...], rows_BTS, implementation=self.config.kernel).astype(x_BTD.dtype)
+    def _rows_over(self, ctx: Context) -> jax.Array:
+        """`rows` of the call's tokens; a sequence shard gets the few token ids in front of it."""
+
+        def run(numbers_BT, segment_ids_BT, words_N2, pad_id):
+            return self._hash(numbers_BT - 1, segment_ids_BT, words_N2, pad_id)
+
+        # Zeros stand in front of a row: counted from one, they are no token.
+        arrays = (self.compressed(ctx.token_ids) + 1, ctx.segment_ids)
+        others = (self.multipliers[...], jnp.asarray(self._pad_id(), jnp.int32))
+        return ops.with_left_context(run, ctx.rules, self.config.max_ngram - 1, arrays, others, ("batch", "seq", None))
+
+    def _pad_id(self) -> jax.Array | int:
+        pad = self.config.pad_token_id
+        return pad if self.token_map is None else self.token_map[...][pad]
+
+    def _hash(self, ids_BT, segment_ids_BT, words_N2, pad_id):
+        crossing = self.config.cross_document
+        return ngram_rows(ids_BT, segment_ids_BT, words_N2, self.tables, pad_id=pad_id, cross_document=crossing)
+
+    def _gated(self, x_BTD, rows_BTS, ctx):
+        e_BTSH = ops.row_lookup(ctx.rules, self.table[...], rows_BTS, implementation=self.config.kernel).astype(x_BTD.dtype)
         e_BTSH = save_point(e_BTSH, "memory_out")
         query = self.query_norm(x_BTD.astype(jnp.float32))
         key = self.key_norm(self.key(e_BTSH).astype(jnp.float32))

@@ -11,6 +11,10 @@ from mlt.config.problems import Problem
 from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, Mixer, save_point
 from mlt.mixers.channel.swiglu import SwiGLU
 from mlt.nn.param import buffer, fan_in, param, zeros
+from mlt.parallel import ops
+from mlt.parallel.expert import run_experts
+from mlt.parallel.local import TOKENS
+from mlt.parallel.rules import Rules
 
 
 class MoE(ChannelMixerConfig):
@@ -30,6 +34,8 @@ class MoE(ChannelMixerConfig):
         num_experts_per_token: experts that each token runs (A).
         d_ff: hidden width of one expert (F).
         num_shared_experts: experts that every token runs besides; they form one SwiGLU of width num_shared_experts * d_ff.
+        shared_d_ff: another width of that SwiGLU in place of num_shared_experts * d_ff.
+        shared_gate: multiply its output by a sigmoid of the input, one number per token.
         router: how scores are made of logits.
         renormalize: divide the chosen scores by their sum.
         routed_scale: factor on the weights of the routed experts.
@@ -38,6 +44,8 @@ class MoE(ChannelMixerConfig):
         bias_update_rate: of the sigmoid router; None means 0.001. 0 keeps the biases where they are.
         balance_loss: coefficient of the row-wise balance loss.
         z_loss: coefficient of the z-loss.
+        capacity_factor: rows that a shard of the experts takes from each device, as a multiple of an even share; what is
+            over is dropped and counted, and documents compete for room. None drops nothing.
         kernel: backend of the grouped matrix product; None takes the best available, a name is strict.
     """
 
@@ -47,6 +55,8 @@ class MoE(ChannelMixerConfig):
     num_experts_per_token: int
     d_ff: int
     num_shared_experts: int = 0
+    shared_d_ff: int | None = None
+    shared_gate: bool = False
     router: Literal["sigmoid", "softmax"] = "sigmoid"
     renormalize: bool = True
     routed_scale: float = 1.0
@@ -55,11 +65,17 @@ class MoE(ChannelMixerConfig):
     bias_update_rate: float | None = None
     balance_loss: float = 0.0
     z_loss: float = 0.0
+    capacity_factor: float | None = None
     kernel: str | None = None
 
     @property
     def bias_rate(self) -> float:
         return 1e-3 if self.bias_update_rate is None else self.bias_update_rate
+
+    @property
+    def shared_width(self) -> int:
+        """Hidden width of the shared experts together."""
+        return self.num_shared_experts * self.d_ff if self.shared_d_ff is None else self.shared_d_ff
 
     def problems(self) -> Iterator[Problem]:
         for name in ("num_experts", "num_experts_per_token", "d_ff", "num_groups", "groups_per_token"):
@@ -69,6 +85,13 @@ class MoE(ChannelMixerConfig):
         for name in ("num_shared_experts", "balance_loss", "z_loss", "bias_update_rate"):
             if (getattr(self, name) or 0) < 0:
                 yield Problem(name, getattr(self, name), "must not be negative")
+        if self.shared_d_ff is not None and self.shared_d_ff < 1:
+            yield Problem("shared_d_ff", self.shared_d_ff, "must be at least 1", "None means num_shared_experts * d_ff")
+        for name in ("shared_d_ff", "shared_gate"):
+            if getattr(self, name) and not self.num_shared_experts:
+                yield Problem(name, getattr(self, name), "is read with shared experts alone", "set num_shared_experts")
+        if self.capacity_factor is not None and self.capacity_factor <= 0:
+            yield Problem("capacity_factor", self.capacity_factor, "must be positive", "None drops nothing")
         if self.num_experts_per_token > self.num_experts:
             rule = f"must be at most num_experts = {self.num_experts}"
             yield Problem("num_experts_per_token", self.num_experts_per_token, rule)
@@ -97,8 +120,9 @@ class MoE(ChannelMixerConfig):
         return MoEMixer(self, info)
 
     def flops_per_token(self, d_model: int, seq_len: int) -> float:
-        active = self.num_experts_per_token + self.num_shared_experts
-        return 6 * d_model * self.d_ff * active + 2 * d_model * self.num_experts
+        active = self.num_experts_per_token * self.d_ff + self.shared_width
+        gate = 2 * d_model if self.shared_gate else 0
+        return 6 * d_model * active + 2 * d_model * self.num_experts + gate
 
     def state_size(self, d_model: int, seq_len: int) -> int:
         return 0
@@ -121,17 +145,18 @@ class MoEMixer(Mixer):
         self.gate = param((e, d, f), ("experts", "embed", "ffn"), fan_in(d))
         self.up = param((e, d, f), ("experts", "embed", "ffn"), fan_in(d))
         self.down = param((e, f, d), ("experts", "ffn", "embed"), fan_in(f, scale=info.residual_scale))
-        self.shared = SwiGLU(d_ff=config.num_shared_experts * f).build(info) if config.num_shared_experts else None
+        self.shared = SwiGLU(d_ff=config.shared_width).build(info) if config.num_shared_experts else None
+        self.shared_gate = param((d,), ("embed",), fan_in(d), group="matrix") if config.shared_gate else None
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
         logits_BTE, scores_BTE = self.scores(x_BTD)
-        experts_BTA, weights_BTA = self.choose(scores_BTE)
+        experts_BTA, weights_BTA = self.choose(scores_BTE, ctx.rules)
         load_BE = _row_load(experts_BTA, ctx.is_token, self.config.num_experts)
-        y_BTD = self._run_experts(x_BTD, experts_BTA, weights_BTA, ctx.is_token, load_BE.sum(0))
+        y_BTD, dropped = self._run_experts(x_BTD, experts_BTA, weights_BTA, ctx)
         if self.shared is not None:
-            y_BTD = y_BTD + self.shared(x_BTD, ctx)[0]
+            y_BTD = y_BTD + self._shared(x_BTD, ctx)
         y_BTD = ctx.rules.constrain(y_BTD, ("batch", "seq", "stream"))
-        return y_BTD, self._aux(logits_BTE, scores_BTE, load_BE, ctx) if ctx.train else {}
+        return y_BTD, self._aux(logits_BTE, scores_BTE, load_BE, dropped, ctx) if ctx.train else {}
 
     def updated(self, aux: Mapping[str, jax.Array]) -> "MoEMixer":
         """Move each router bias by the update rate towards an even load; `aux["count/load"]` is the whole step's."""
@@ -148,45 +173,58 @@ class MoEMixer(Mixer):
         logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), self.router[...], precision=jax.lax.Precision.HIGHEST)
         return logits_BTE, (jax.nn.sigmoid if self.config.router == "sigmoid" else jax.nn.softmax)(logits_BTE)
 
-    def choose(self, scores_BTE: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def choose(self, scores_BTE: jax.Array, rules: Rules) -> tuple[jax.Array, jax.Array]:
         """The experts of each token, best first, and the weights of their outputs: (B, T, A) int32 and float32."""
         config = self.config
         ranked_BTE = jax.lax.stop_gradient(scores_BTE)
         if self.router_bias is not None:
             ranked_BTE = ranked_BTE + self.router_bias[...]
         if config.groups_per_token < config.num_groups:
-            ranked_BTE = _inside_best_groups(ranked_BTE, config.num_groups, config.groups_per_token)
-        experts_BTA = jax.lax.top_k(ranked_BTE, config.num_experts_per_token)[1]
+            ranked_BTE = _inside_best_groups(ranked_BTE, config.num_groups, config.groups_per_token, rules)
+        experts_BTA = ops.top_k(rules, ranked_BTE, config.num_experts_per_token, (*TOKENS, None))[1]
         weights_BTA = jnp.take_along_axis(scores_BTE, experts_BTA, axis=-1)
         if config.renormalize:
             weights_BTA = weights_BTA / (weights_BTA.sum(-1, keepdims=True) + 1e-20)
         return experts_BTA, weights_BTA * config.routed_scale
 
-    def _run_experts(self, x_BTD, experts_BTA, weights_BTA, is_token_BT, load_E):
-        """Sort the (token, expert) pairs by expert, run the experts on their rows, and sum each token's in its own order.
+    def _shared(self, x_BTD, ctx):
+        y_BTD = self.shared(x_BTD, ctx)[0]
+        if self.shared_gate is None:
+            return y_BTD
+        gate_BT = jnp.dot(x_BTD, self.shared_gate[...].astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+        return y_BTD * jax.nn.sigmoid(gate_BT)[..., None].astype(y_BTD.dtype)
 
-        Padding sorts behind the last expert, beyond every group, where the product is zero.
-        """
-        experts_NA = jnp.where(is_token_BT[..., None], experts_BTA, self.config.num_experts).reshape(-1, experts_BTA.shape[-1])
-        order_R = jnp.argsort(experts_NA.reshape(-1), stable=True)
-        numbers_R = jnp.arange(order_R.size, dtype=order_R.dtype)
-        place_NA = jnp.zeros_like(order_R).at[order_R].set(numbers_R, unique_indices=True).reshape(experts_NA.shape)
-        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-        x_RD = save_point(_spread(x_ND, order_R, place_NA), "expert_in")
+    def _run_experts(self, x_BTD, experts_BTA, weights_BTA, ctx):
+        """Every token through its experts; (y, dropped pairs)."""
+        kernels = tuple(kernel[...].astype(x_BTD.dtype) for kernel in (self.gate, self.up, self.down))
+        wide, narrow = ("experts", None, "ffn"), ("experts", "ffn", None)
+        return run_experts(
+            ctx.rules,
+            self._network,
+            kernels,
+            (wide, wide, narrow),
+            x_BTD,
+            experts_BTA,
+            weights_BTA,
+            ctx.is_token,
+            capacity_factor=self.config.capacity_factor,
+        )
 
+    def _network(self, x_RD, sizes_E, gate_EDF, up_EDF, down_EFD):
         def product(rows, kernel):
-            return grouped_matmul(rows, kernel[...].astype(rows.dtype), load_E, implementation=self.config.kernel)
+            return grouped_matmul(rows, kernel, sizes_E, implementation=self.config.kernel)
 
-        hidden_RF = save_point(jax.nn.silu(product(x_RD, self.gate)) * product(x_RD, self.up), "expert_hidden")
-        y_NAD = _collect(product(hidden_RF, self.down), order_R, place_NA)
-        y_BTAD = y_NAD.reshape(*experts_BTA.shape, x_BTD.shape[-1])
-        return (y_BTAD.astype(jnp.float32) * weights_BTA[..., None]).sum(2).astype(x_BTD.dtype)
+        x_RD = save_point(x_RD, "expert_in")
+        hidden_RF = save_point(jax.nn.silu(product(x_RD, gate_EDF)) * product(x_RD, up_EDF), "expert_hidden")
+        return product(hidden_RF, down_EFD)
 
-    def _aux(self, logits_BTE, scores_BTE, load_BE, ctx):
+    def _aux(self, logits_BTE, scores_BTE, load_BE, dropped, ctx):
         config, load_E = self.config, load_BE.sum(0)
         fair = load_E.sum() / config.num_experts
         violation = jnp.where(fair > 0, load_E.max() / jnp.maximum(fair, 1e-9) - 1.0, 0.0)
         aux = {"count/load": load_E, "metric/max_violation": violation}
+        if config.capacity_factor is not None:
+            aux["metric/dropped_pairs"] = dropped / jnp.maximum(load_E.sum(), 1)
         is_token_BT = ctx.is_token.astype(jnp.float32)
         tokens_B = jnp.maximum(is_token_BT.sum(1), 1.0)
         if config.balance_loss:
@@ -206,51 +244,10 @@ def _row_load(experts_BTA: jax.Array, is_token_BT: jax.Array, num_experts: int) 
     return (hits & is_token_BT[..., None, None]).sum((1, 2), dtype=jnp.int32)
 
 
-def _inside_best_groups(ranked_BTE: jax.Array, num_groups: int, kept: int) -> jax.Array:
+def _inside_best_groups(ranked_BTE: jax.Array, num_groups: int, kept: int, rules: Rules) -> jax.Array:
     """Rule out the experts outside each token's best groups, a group being worth its two best experts."""
     grouped = ranked_BTE.reshape(*ranked_BTE.shape[:-1], num_groups, ranked_BTE.shape[-1] // num_groups)
-    worth = jax.lax.top_k(grouped, 2)[0].sum(-1)
-    best = jax.lax.top_k(worth, kept)[1]
+    worth = ops.top_k(rules, grouped, 2, (*TOKENS, None, None))[0].sum(-1)
+    best = ops.top_k(rules, worth, kept, (*TOKENS, None))[1]
     is_best = (best[..., None] == jnp.arange(num_groups)).any(-2)
     return jnp.where(is_best[..., None], grouped, -jnp.inf).reshape(ranked_BTE.shape)
-
-
-@jax.custom_vjp
-def _spread(x_ND: jax.Array, order_R: jax.Array, place_NA: jax.Array) -> jax.Array:
-    """Sorted row r is the token of the (token, slot) pair `order_R[r]`; `place_NA` says where each pair went.
-
-    The gradient of a token is the sum over its slots, in their order, in float32: another gather and no scatter.
-    """
-    return _take(x_ND, order_R // place_NA.shape[1])
-
-
-def _spread_fwd(x_ND, order_R, place_NA):
-    return _spread(x_ND, order_R, place_NA), place_NA
-
-
-def _spread_bwd(place_NA, grad_RD):
-    return _take(grad_RD, place_NA).astype(jnp.float32).sum(1).astype(grad_RD.dtype), None, None
-
-
-_spread.defvjp(_spread_fwd, _spread_bwd)
-
-
-@jax.custom_vjp
-def _collect(y_RD: jax.Array, order_R: jax.Array, place_NA: jax.Array) -> jax.Array:
-    """Undo the sort: (N, A, D). The gradient is the sort again, a gather."""
-    return _take(y_RD, place_NA)
-
-
-def _collect_fwd(y_RD, order_R, place_NA):
-    return _collect(y_RD, order_R, place_NA), order_R
-
-
-def _collect_bwd(order_R, grad_NAD):
-    return _take(grad_NAD.reshape(order_R.size, grad_NAD.shape[-1]), order_R), None, None
-
-
-_collect.defvjp(_collect_fwd, _collect_bwd)
-
-
-def _take(rows: jax.Array, at: jax.Array) -> jax.Array:
-    return rows.at[at].get(mode="promise_in_bounds")

@@ -1,17 +1,20 @@
 """Product-key memory: a very large key-value table whose best rows are found by scoring two short lists of half keys."""
 
+import functools
 from collections.abc import Iterator
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from mlt_kernels import row_lookup
 
 from mlt.config.problems import Problem
 from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, Mixer, save_point
 from mlt.nn.linear import Linear
 from mlt.nn.norm import RMSNorm
 from mlt.nn.param import fan_in, normal, param, uniform
+from mlt.parallel import ops
+from mlt.parallel.local import local
+from mlt.parallel.rules import Rules
 
 
 class ProductKeyMemory(ChannelMixerConfig):
@@ -97,10 +100,11 @@ class ProductKeyMemoryMixer(Mixer):
         self.output = out if config.gated or v != d else None
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
-        rows_BTHK, weights_BTHK = self.select(x_BTD)
+        rows_BTHK, weights_BTHK = self.select(x_BTD, ctx.rules)
         rows_BTHK = jnp.where(ctx.is_token[..., None, None], rows_BTHK, -1)
         flat = (*x_BTD.shape[:2], rows_BTHK.shape[2] * rows_BTHK.shape[3])
-        p_BTV = row_lookup(
+        p_BTV = ops.row_lookup(
+            ctx.rules,
             self.values[...],
             rows_BTHK.reshape(flat),
             weights_BTHK.reshape(flat),
@@ -111,13 +115,15 @@ class ProductKeyMemoryMixer(Mixer):
             y = y * jax.nn.silu(self.gate(x_BTD))
         return y if self.output is None else self.output(y), {}
 
-    def select(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def select(self, x_BTD: jax.Array, rules: Rules) -> tuple[jax.Array, jax.Array]:
         """Rows that each head reads, best first, and their weights: (B, T, H, K) int32 and float32."""
         q_BTHK = self.query_norm(self.query(x_BTD))
         q = q_BTHK.reshape(*q_BTHK.shape[:-1], 2, q_BTHK.shape[-1] // 2)
         keys = self.keys[...].astype(q.dtype)
         scores = jnp.einsum("bthsk,shnk->sbthn", q, keys, preferred_element_type=jnp.float32)
-        scores_BTHK, rows_BTHK = best_pairs(scores[0], scores[1], self.config.num_selected)
+        axes = ("batch", "seq", "heads", None)
+        best = local(functools.partial(best_pairs, count=self.config.num_selected), rules, (axes, axes), (axes, axes))
+        scores_BTHK, rows_BTHK = best(scores[0], scores[1])
         return rows_BTHK, jax.nn.softmax(scores_BTHK, axis=-1)
 
 

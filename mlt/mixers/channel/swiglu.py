@@ -15,9 +15,15 @@ class SwiGLU(ChannelMixerConfig):
 
     Attributes:
         d_ff: hidden width (F).
+        bias: biases on the three projections.
+        gate_scale: factor on what the silu is taken of.
+        output_scale: factor on the result.
     """
 
     d_ff: int
+    bias: bool = False
+    gate_scale: float = 1.0
+    output_scale: float = 1.0
 
     def problems(self) -> Iterator[Problem]:
         if self.d_ff < 1:
@@ -41,10 +47,13 @@ class SwiGLUMixer(Mixer):
     def __init__(self, config: SwiGLU, info: BuildInfo):
         self.config = config
         stream, hidden = (("embed", info.d_model),), (("ffn", config.d_ff),)
-        self.gate = Linear(stream, hidden)
-        self.up = Linear(stream, hidden)
-        self.down = Linear(hidden, stream, init=fan_in(config.d_ff, scale=info.residual_scale))
+        self.gate = Linear(stream, hidden, bias=config.bias)
+        self.up = Linear(stream, hidden, bias=config.bias)
+        self.down = Linear(hidden, stream, init=fan_in(config.d_ff, scale=info.residual_scale), bias=config.bias)
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
-        hidden = save_point(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD), "ffn_hidden")
-        return self.down(hidden), {}
+        config = self.config
+        gate = self.gate(x_BTD) if config.gate_scale == 1.0 else self.gate(x_BTD) * config.gate_scale
+        hidden = save_point(jax.nn.silu(gate) * self.up(x_BTD), "ffn_hidden")
+        y_BTD = self.down(hidden)
+        return y_BTD if config.output_scale == 1.0 else y_BTD * config.output_scale, {}
