@@ -6,6 +6,8 @@
     zigzag    the ring on shards that hold an early and a late piece of the row each, so that a causal mask leaves every
               device the same work in every step; tokens change places by four collective-permutes
     heads     tokens and heads change places by all-to-all, every device attends over whole rows (Ulysses, arXiv 2309.14509)
+    heads_ring  heads inside groups of neighbours, as many as the heads allow, and a zigzag ring over the groups (USP,
+              arXiv 2405.07719)
 
 The ring has a backward pass of its own: gradients of keys and values travel with them, and each step computes its part
 again from the saved log-sum-exp, so that no device ever holds more than two shards of keys and values.
@@ -25,19 +27,41 @@ from mlt_kernels.attention import EMPTY_LSE
 
 from mlt.parallel import sequence
 
-Strategy = Literal["gather", "window", "ring", "zigzag", "heads"]
-STRATEGIES: tuple[Strategy, ...] = ("gather", "window", "ring", "zigzag", "heads")
+Strategy = Literal["gather", "window", "ring", "zigzag", "heads", "heads_ring"]
+STRATEGIES: tuple[Strategy, ...] = ("gather", "window", "ring", "zigzag", "heads", "heads_ring")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What stays the same for every part of one call."""
+    """What stays the same for every part of one call.
+
+    Attributes:
+        size: shards of the ring.
+        stride: neighbours that form one shard of it.
+    """
 
     size: int
+    stride: int = 1
     window: int | None = None
     softcap: float | None = None
     scale: float | None = None
     implementation: Any = None
+
+    @property
+    def devices(self) -> int:
+        return self.size * self.stride
+
+    def place(self) -> Array:
+        """Number of the device's shard in the ring."""
+        return sequence.index() // self.stride
+
+    def permute(self, x: Any, moves: Any) -> Any:
+        """One collective-permute from shard to shard of the ring, for each array of the tree."""
+        pairs = [(a * self.stride + i, b * self.stride + i) for a, b in moves for i in range(self.stride)]
+        return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, sequence.AXIS, pairs), x)
+
+    def rotate(self, x: Any) -> Any:
+        return self.permute(x, [(shard, (shard + 1) % self.size) for shard in range(self.size)])
 
     def attend(self, q: Array, k: Array, v: Array, segments: Any, positions: Any, **more: Any) -> Any:
         return mlt_kernels.attention(
@@ -57,6 +81,11 @@ class Options:
 def bytes_moved(strategy: str, *, tokens: int, heads: int, kv_heads: int, window: int | None, size: int) -> float:
     """Values that a device receives in a forward pass, in units of one head's width, for one row of `tokens` tokens."""
     share = (size - 1) / size
+    if strategy == "heads_ring":
+        degree = head_degree(heads, kv_heads, size)
+        inside = 2 * tokens / size * (degree - 1) / degree * (heads + max(kv_heads, degree))
+        shape = {"tokens": tokens, "heads": heads // degree, "kv_heads": max(kv_heads // degree, 1), "window": window}
+        return inside + bytes_moved("zigzag", **shape, size=size // degree)
     if strategy == "heads":
         return 2 * tokens / size * share * (heads + max(kv_heads, size))
     if strategy == "window":
@@ -77,6 +106,8 @@ def choose(*, tokens: int, heads: int, kv_heads: int, window: int | None, size: 
     allowed: list[Strategy] = ["zigzag" if tokens % (2 * size) == 0 else "ring"]
     if heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0):
         allowed.insert(0, "heads")
+    elif head_degree(heads, kv_heads, size) > 1:
+        allowed.append("heads_ring")
     shape = {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "window": window, "size": size}
     return min(allowed, key=lambda strategy: bytes_moved(strategy, **shape))
 
@@ -87,6 +118,8 @@ def refusal(strategy: str, *, tokens: int, heads: int, kv_heads: int, window: in
         return "needs a window"
     if strategy == "zigzag" and tokens % (2 * size):
         return f"needs rows that are a multiple of 2 * {size} tokens, got {tokens}"
+    if strategy == "heads_ring" and head_degree(heads, kv_heads, size) == 1:
+        return f"needs a divisor of {size} that divides the {heads} heads of a tensor shard"
     if strategy == "heads":
         if heads % size:
             return f"needs {size} shards to divide the {heads} heads of a tensor shard"
@@ -97,20 +130,30 @@ def refusal(strategy: str, *, tokens: int, heads: int, kv_heads: int, window: in
 
 def attend(q: Array, k: Array, v: Array, segment_ids: Array, sinks: Array | None, strategy: str, options: Options) -> Array:
     """Causal attention of the rows whose shards these are: (B, T, N, P)."""
-    run = {"gather": _gather, "window": _window, "heads": _heads}.get(strategy)
+    run = {"gather": _gather, "window": _window}.get(strategy)
     if run is not None:
         return run(q, k, v, segment_ids, sinks, options)
-    zigzag = strategy == "zigzag"
+    if strategy in ("heads", "heads_ring"):
+        degree = options.size if strategy == "heads" else head_degree(q.shape[2], k.shape[2], options.size)
+        return _heads(q, k, v, segment_ids, sinks, options, degree)
+    return _round(q, k, v, segment_ids, sinks, options, zigzag=strategy == "zigzag").astype(v.dtype)
+
+
+def head_degree(heads: int, kv_heads: int, size: int) -> int:
+    """The largest number of devices below `size`, a divisor of it, that can trade heads; 1 if there is none."""
+    fits = lambda n: size % n == 0 and heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)  # noqa: E731
+    return max(n for n in range(1, size) if fits(n))
+
+
+def _round(q, k, v, segment_ids, sinks, options, *, zigzag):
     inputs = (q, k, v, segment_ids)
     if zigzag:
-        inputs = jax.tree.map(lambda x: _to_zigzag(x, options.size), inputs)
-    o, lse = _ring(dataclasses.replace(options), zigzag, *inputs)
+        inputs = jax.tree.map(lambda x: _to_zigzag(x, options), inputs)
+    o, lse = _ring(options, zigzag, *inputs)
     if zigzag:
-        o, lse = (_from_zigzag(x, options.size) for x in (o, lse))
-    if sinks is not None:
-        # A sink joins the denominator once, whatever the number of parts.
-        o = o * jnp.exp(lse - jnp.logaddexp(lse, sinks))[..., None]
-    return o.astype(v.dtype)
+        o, lse = (_from_zigzag(x, options) for x in (o, lse))
+    # A sink joins the denominator once, whatever the number of parts.
+    return o if sinks is None else o * jnp.exp(lse - jnp.logaddexp(lse, sinks))[..., None]
 
 
 def _gather(q, k, v, segment_ids, sinks, options):
@@ -127,21 +170,28 @@ def _window(q, k, v, segment_ids, sinks, options):
     return options.attend(q, keys, values, (segment_ids, segments), positions, sinks=sinks)
 
 
-def _heads(q, k, v, segment_ids, sinks, options):
-    size = options.size
-    repeats = math.lcm(k.shape[2], size) // k.shape[2]
+def _heads(q, k, v, segment_ids, sinks, options, degree):
+    """Heads of `degree` neighbours change places with tokens; a ring joins the groups if there are several."""
+    repeats = math.lcm(k.shape[2], degree) // k.shape[2]
+    groups = [[start + i for i in range(degree)] for start in range(0, options.size, degree)]
+    within = {"axis_name": sequence.AXIS, "axis_index_groups": groups, "tiled": True}
 
     def spread(x: Array) -> Array:
-        """(B, T, heads, ...) -> (B, T size, heads / size, ...)"""
-        return jax.lax.all_to_all(x, sequence.AXIS, split_axis=2, concat_axis=1, tiled=True)
+        """(B, T, heads, ...) -> (B, T degree, heads / degree, ...)"""
+        return jax.lax.all_to_all(x, split_axis=2, concat_axis=1, **within)
 
     k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
-    segments = jax.lax.all_gather(segment_ids, sequence.AXIS, axis=1, tiled=True)
+    segments = jax.lax.all_gather(segment_ids, axis=1, **within)
     if sinks is not None:
-        mine = q.shape[2] // size
-        sinks = jax.lax.dynamic_slice_in_dim(sinks, sequence.index() * mine, mine)
-    o = options.attend(spread(q), spread(k), spread(v), segments, None, sinks=sinks)
-    return jax.lax.all_to_all(o, sequence.AXIS, split_axis=1, concat_axis=2, tiled=True)
+        mine = q.shape[2] // degree
+        sinks = jax.lax.dynamic_slice_in_dim(sinks, sequence.index() % degree * mine, mine)
+    q, k, v = spread(q), spread(k), spread(v)
+    if degree == options.size:
+        o = options.attend(q, k, v, segments, None, sinks=sinks)
+    else:
+        over_groups = dataclasses.replace(options, size=options.size // degree, stride=degree)
+        o = _round(q, k, v, segments, sinks, over_groups, zigzag=q.shape[1] % 2 == 0).astype(v.dtype)
+    return jax.lax.all_to_all(o, split_axis=1, concat_axis=2, **within)
 
 
 def _positions(shape: tuple[int, ...], start: Array | int) -> Array:
@@ -158,32 +208,34 @@ def _halves(length: int, size: int, zigzag: bool, shard: Array) -> Array:
     return jnp.where(tokens < half, shard * half + tokens, late + tokens - half)
 
 
-def _to_zigzag(x: Array, size: int) -> Array:
+def _to_zigzag(x: Array, options: Options) -> Array:
     """From tokens in order to halves d and 2 size - 1 - d of the row on shard d."""
-    half = x.shape[1] // 2
-    home = lambda piece: piece if piece < size else 2 * size - 1 - piece  # noqa: E731
-    even = jax.lax.ppermute(x[:, :half], sequence.AXIS, [(d, home(2 * d)) for d in range(size)])
-    odd = jax.lax.ppermute(x[:, half:], sequence.AXIS, [(d, home(2 * d + 1)) for d in range(size)])
-    early_is_even = sequence.index() % 2 == 0
+    half, size = x.shape[1] // 2, options.size
+    even = options.permute(x[:, :half], [(d, _home(2 * d, size)) for d in range(size)])
+    odd = options.permute(x[:, half:], [(d, _home(2 * d + 1, size)) for d in range(size)])
+    early_is_even = options.place() % 2 == 0
     early, late = jnp.where(early_is_even, even, odd), jnp.where(early_is_even, odd, even)
     return jnp.concatenate([early, late], axis=1)
 
 
-def _from_zigzag(x: Array, size: int) -> Array:
-    half = x.shape[1] // 2
+def _from_zigzag(x: Array, options: Options) -> Array:
+    half, size = x.shape[1] // 2, options.size
     early, late = x[:, :half], x[:, half:]
-    early_is_even = sequence.index() % 2 == 0
+    early_is_even = options.place() % 2 == 0
     even, odd = jnp.where(early_is_even, early, late), jnp.where(early_is_even, late, early)
-    home = lambda piece: piece if piece < size else 2 * size - 1 - piece  # noqa: E731
-    first = jax.lax.ppermute(even, sequence.AXIS, [(home(2 * d), d) for d in range(size)])
-    second = jax.lax.ppermute(odd, sequence.AXIS, [(home(2 * d + 1), d) for d in range(size)])
+    first = options.permute(even, [(_home(2 * d, size), d) for d in range(size)])
+    second = options.permute(odd, [(_home(2 * d + 1, size), d) for d in range(size)])
     return jnp.concatenate([first, second], axis=1)
+
+
+def _home(piece: int, size: int) -> int:
+    """Shard that holds a half shard of the row in zigzag order."""
+    return piece if piece < size else 2 * size - 1 - piece
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _ring(options: Options, zigzag: bool, q: Array, k: Array, v: Array, segment_ids: Array) -> tuple[Array, Array]:
     """(o, lse) in float32 of this shard's queries over all keys."""
-    size = options.size
     wide = jnp.promote_types(q.dtype, jnp.float32)
     start = (jnp.zeros((*q.shape[:3], v.shape[3]), wide), jnp.full(q.shape[:3], EMPTY_LSE, wide))
 
@@ -192,9 +244,9 @@ def _ring(options: Options, zigzag: bool, q: Array, k: Array, v: Array, segment_
         part = _part(options, zigzag, hop, q, segment_ids, travelling)
         merged = jnp.logaddexp(lse, part[1])
         o = jnp.exp(lse - merged)[..., None] * o + jnp.exp(part[1] - merged)[..., None] * part[0]
-        return (sequence.rotate(travelling, size), (o, merged)), None
+        return (options.rotate(travelling), (o, merged)), None
 
-    return jax.lax.scan(step, ((k, v, segment_ids), start), jnp.arange(size))[0][1]
+    return jax.lax.scan(step, ((k, v, segment_ids), start), jnp.arange(options.size))[0][1]
 
 
 def _ring_fwd(options, zigzag, q, k, v, segment_ids):
@@ -218,7 +270,7 @@ def _ring_bwd(options, zigzag, saved, cotangents):
         inner = jnp.sum(do * (part_o - o), axis=-1) + dlse
         grads = pull(((weight[..., None] * do).astype(part_o.dtype), (weight * inner).astype(part_lse.dtype)))
         dq, dk, dv = (total + grad.astype(total.dtype) for total, grad in zip((dq, dk, dv), grads, strict=True))
-        return (sequence.rotate((k, v, segments, dk, dv), options.size), dq), None
+        return (options.rotate((k, v, segments, dk, dv)), dq), None
 
     wide = o.dtype
     zeros = [jnp.zeros(x.shape, wide) for x in (q, k, v)]
@@ -234,7 +286,7 @@ def _part(options: Options, zigzag: bool, hop: Array, q: Array, segment_ids: Arr
     """(o, lse) in float32 of the queries over the keys that are here at step `hop`; only pairs that a mask may let see."""
     k, v, key_segments = travelling
     size, length = options.size, q.shape[1]
-    here = sequence.index()
+    here = options.place()
     source = (here - hop) % size
     wide = jnp.promote_types(q.dtype, jnp.float32)
     query_rows, key_rows = _halves(length, size, zigzag, here), _halves(length, size, zigzag, source)

@@ -23,12 +23,6 @@ def shift(tree: Any, steps: int, size: int) -> Any:
     return jax.tree.map(functools.partial(jax.lax.ppermute, axis_name=AXIS, perm=moves), tree)
 
 
-def rotate(tree: Any, size: int) -> Any:
-    """What the shard to the left holds; the first takes the last's."""
-    moves = [(d, (d + 1) % size) for d in range(size)]
-    return jax.tree.map(functools.partial(jax.lax.ppermute, axis_name=AXIS, perm=moves), tree)
-
-
 def index() -> Array:
     return jax.lax.axis_index(AXIS)
 

@@ -125,6 +125,7 @@ ATTENTION = [
     ("zigzag", None, 4),
     ("zigzag", 11, 4),
     ("heads", None, 4),
+    ("heads_ring", None, 8),
     ("window", 11, 4),
     ("window", 30, 8),
 ]
@@ -144,8 +145,9 @@ def test_attention(strategy, window, size):
 def test_the_cheapest_strategy_is_taken():
     wide = {"tokens": 4096, "heads": 32, "kv_heads": 8, "size": 8}
     assert ring.choose(**wide, window=None) == "heads"
-    assert ring.choose(**{**wide, "heads": 4, "kv_heads": 1}, window=None) == "zigzag"
-    assert ring.choose(**{**wide, "heads": 4, "kv_heads": 1, "tokens": 4104}, window=None) == "ring"
+    assert ring.choose(**{**wide, "heads": 12, "kv_heads": 12}, window=None) == "heads_ring"
+    assert ring.choose(**{**wide, "heads": 9, "kv_heads": 1}, window=None) == "zigzag"
+    assert ring.choose(**{**wide, "heads": 9, "kv_heads": 1, "tokens": 4104}, window=None) == "ring"
     assert ring.choose(**wide, window=128) == "window"
 
 
