@@ -12,6 +12,9 @@ from mlt.nn.param import ParamSpec, named_leaves, path_name
 from mlt.optim.schedule import Schedule
 from mlt.parallel.rules import Rules
 
+MAX_SETTINGS = 8
+"""Values in an array of settings that an optimizer keeps in its state (Muon's polynomial); every device holds them."""
+
 
 class OptimizerConfig(Config):
     """Builds the update rule.
@@ -35,12 +38,14 @@ def group_tree(specs: Any, values: dict[str, Any], default: Any) -> Any:
 def state_shardings(state: Any, specs: Any, rules: Rules) -> Any:
     """Shardings of an optimizer state: a leaf that has the path suffix and shape of a parameter lies where it lies.
 
+    A leaf with one dim less is a mean over that dim (a factored second moment) and lies where the others do.
+
     Args:
         state: abstract optimizer state (`jax.eval_shape` of the transformation's init).
         specs: described trained parameters.
 
     Raises:
-        ValueError: an array leaf of more than one value matches no parameter: its optimizer must declare its axes.
+        ValueError: an array leaf of more than a few values matches no parameter: its optimizer must declare its axes.
     """
     known: dict[str, ParamSpec] = dict(named_leaves(specs))
 
@@ -48,10 +53,21 @@ def state_shardings(state: Any, specs: Any, rules: Rules) -> Any:
         parts = path_name(path).split(".")
         for start in range(len(parts)):
             spec = known.get(".".join(parts[start:]))
-            if spec is not None and spec.shape == leaf.shape:
-                return NamedSharding(rules.mesh, rules.spec(spec.axes))
-        if leaf.size > 1:
+            axes = None if spec is None else _axes_of(spec, leaf.shape)
+            if axes is not None:
+                return NamedSharding(rules.mesh, rules.spec(axes))
+        if leaf.size > MAX_SETTINGS:
             raise ValueError(f"optimizer state {path_name(path)} of shape {leaf.shape} matches no parameter")
         return NamedSharding(rules.mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _axes_of(spec: ParamSpec, shape: tuple[int, ...]) -> tuple[str | None, ...] | None:
+    """Logical axes of a state array of this shape that belongs to the parameter; None if it has another shape."""
+    if spec.shape == shape:
+        return spec.axes
+    for dropped in range(len(spec.shape)):
+        if spec.shape[:dropped] + spec.shape[dropped + 1 :] == shape:
+            return spec.axes[:dropped] + spec.axes[dropped + 1 :]
+    return None
