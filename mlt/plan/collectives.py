@@ -51,12 +51,14 @@ def collectives(program: str) -> list[Collective]:
 
 
 def summary(found: list[Collective]) -> str:
-    """One line a kind: executions and bytes in one run on one device."""
+    """One line a kind: executions and bytes in one run on one device, and what of it loops over layers repeat."""
     lines = []
     for kind in KINDS:
         own = [c for c in found if c.kind == kind]
+        looped = [c for c in own if c.times > 1]
         if own:
-            lines.append(f"{kind:<20} {sum(c.times for c in own):6d} times {sum(c.bytes for c in own):14,d} bytes")
+            inside = f"   in loops {sum(c.times for c in looped)} times {sum(c.bytes for c in looped):,d} bytes" if looped else ""
+            lines.append(f"{kind:<20} {sum(c.times for c in own):6d} times {sum(c.bytes for c in own):14,d} bytes{inside}")
     return "\n".join(lines) or "no collectives"
 
 

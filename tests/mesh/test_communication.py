@@ -1,11 +1,13 @@
 """What crosses devices, read in the compiled programs: states of a fixed size, halos of their width, no whole sequence."""
 
+import importlib.util
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlt.config.load import load_config
 from mlt.mixers.base import BuildInfo, Context
 from mlt.mixers.sequence.gated_delta import GatedDelta
 from mlt.mixers.sequence.mamba2 import Mamba2
@@ -14,10 +16,21 @@ from mlt.nn.param import initialize
 from mlt.parallel import carry
 from mlt.parallel.mesh import Layout
 from mlt.plan.collectives import collectives
-from mlt.verify.mesh import MeshStep, rows_for
 
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "quickstart.py"
 SHARDS, D = 8, 16
 INFO = BuildInfo(d_model=D, num_sub_layers=2, vocab_size=32)
+
+
+def _tool(name: str):
+    spec = importlib.util.spec_from_file_location(f"mlt_tools_{name}", ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+golden = _tool("golden")
 
 
 def sent(config, length: int, *, gradient: bool, **strategies):
@@ -53,18 +66,23 @@ def test_a_halo_moves_its_width(width):
 
 
 @pytest.fixture(scope="module")
-def step(request):
-    path = request.config.rootpath / "configs/quickstart.py"
-    config = load_config(path, args=["width=32", "sequence_length=192", "batch_size=2"])
-    layout = Layout(context=4, fsdp=2, attention="zigzag")
-    return MeshStep(config, layout, rows_for(config, layout, 0))
+def step():
+    return golden.sending_step(CONFIG)
 
 
 def test_no_device_gathers_a_sequence_or_logits(step):
-    length, vocab = 192, 272
+    length, vocab = int(golden.SENDING["sequence_length"]), 272
     found = step.collectives()
     assert found
     for c in found:
         for kind, dims in c.shapes:
             assert length not in dims, f"{c.kind} {kind}{list(dims)} from {c.source}"
             assert vocab not in dims or len(dims) == 2, f"{c.kind} {kind}{list(dims)} from {c.source}"
+
+
+def test_the_step_sends_what_it_sent_yesterday(step):
+    expected = golden.collectives_path(CONFIG).read_text()
+    version = expected.split(",")[0].removeprefix("jax ")
+    if jax.__version__ != version:
+        pytest.skip(f"the golden text is that of jax {version}")
+    assert golden.collectives_text(step) == expected, "run tools/golden.py --collectives and say why it changed"

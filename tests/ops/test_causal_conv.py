@@ -11,7 +11,8 @@ from mlt_kernels.causal_conv.cases import TESTS, arguments
 from mlt_kernels.testing import assert_close, assert_same_bits, cast_floating, check_causality, check_isolation, value_and_grads
 
 STATIC = ("activation", "dilation", "return_halo")
-BACKENDS = dispatch.backends("causal_conv")
+BACKENDS = tuple(name for name in dispatch.backends("causal_conv") if name in dispatch.PORTABLE)
+"""The kernels of accelerators have their own test, `test_pallas_conv`."""
 
 
 def split(case, **kwargs):

@@ -35,6 +35,28 @@ def test_values_and_gradients(name: str):
     testing.assert_close(evaluate("chunked", given), oracle(given), max_rel=1e-5)
 
 
+@pytest.mark.parametrize(("name", "dtype", "limit"), [("z_loss", jnp.float32, 1e-5), ("softcap", jnp.bfloat16, 2e-2)])
+def test_a_sum_of_losses(name: str, dtype: Any, limit: float):
+    """The loss alone under one cotangent for all tokens takes gradients made in the forward pass; other cotangents do not."""
+    given = arguments(TESTS[name], dtype=dtype)
+    options = {key: value for key, value in given.items() if static(value)}
+    arrays = {key: value for key, value in given.items() if not static(value)}
+
+    def run(implementation: str, cotangent: Any, arrays: dict[str, Any]) -> Any:
+        fn = functools.partial(cross_entropy, implementation=implementation, **options)
+        return testing.value_and_grads(fn, arrays, cotangent=cotangent)
+
+    found = jax.jit(functools.partial(run, "chunked"))
+    even = np.full(given["labels"].shape, 0.125, np.float32)
+    uneven = even.copy()
+    uneven[-1, -1] = 0.5
+    for cotangent in (even, uneven):
+        with jax.enable_x64(True):
+            wide = testing.cast_floating(arrays, jnp.float64)
+            want = jax.tree.map(np.asarray, run("reference", jnp.asarray(cotangent, jnp.float64), wide))
+        testing.assert_close(found(jnp.asarray(cotangent), arrays), want, max_rel=limit)
+
+
 def test_bfloat16():
     given = arguments(TESTS["softcap"], dtype=jnp.bfloat16)
     values, gradients = evaluate("chunked", given)
@@ -100,12 +122,13 @@ def test_a_vocabulary_in_two_parts():
     testing.assert_close(got, want, max_rel=1e-5)
 
 
-def test_tokens_do_not_touch_each_other():
+@pytest.mark.parametrize("return_lse", [True, False])
+def test_tokens_do_not_touch_each_other(return_lse: bool):
     """Changing half of the tokens changes no bit of the loss and hidden gradient of the others."""
     given = arguments(Case(B=1, T=64, options={"chunk_size": 16}))
     options = {"chunk_size": given.pop("chunk_size")}
     segments = np.repeat(np.arange(1, 9), 8)[None].astype(np.int32)
-    fn = functools.partial(cross_entropy, return_lse=True, **options)
+    fn = functools.partial(cross_entropy, return_lse=return_lse, **options)
     testing.check_isolation(fn, given, segments, token_arguments=("hidden", "weights"))
 
 

@@ -10,16 +10,16 @@ from mlt_kernels import diagonal_recurrence, dispatch
 from mlt_kernels.diagonal_recurrence.cases import TESTS, arguments
 from mlt_kernels.testing import assert_close, cast_floating, check_causality, check_isolation, value_and_grads
 
-BACKENDS = dispatch.backends("diagonal_recurrence")
 PLATFORMS = ("cpu", "gpu")
-"""The portable form scans tokens on a CPU and chunks elsewhere; both run here."""
+"""The portable form scans tokens on a CPU and chunks elsewhere; both run here. Kernels: `test_pallas_diagonal`."""
+chunked = functools.partial(diagonal_recurrence, implementation="chunked")
 
 
 def split(case, **kwargs):
     """(function of the array arguments, array arguments)."""
     made = arguments(case, **kwargs)
     reverse = made.pop("reverse")
-    return functools.partial(diagonal_recurrence, reverse=reverse, return_final_state=True), made
+    return functools.partial(chunked, reverse=reverse, return_final_state=True), made
 
 
 @functools.cache
@@ -32,11 +32,10 @@ def oracle(name):
 
 @pytest.mark.parametrize("name", TESTS)
 @pytest.mark.parametrize("platform", PLATFORMS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_values_and_gradients(backend, platform, name):
+def test_values_and_gradients(platform, name):
     fn, args = split(TESTS[name])
     with dispatch.target_platform(platform):
-        found = jax.jit(lambda args: value_and_grads(functools.partial(fn, implementation=backend), args))(args)
+        found = jax.jit(lambda args: value_and_grads(fn, args))(args)
     assert_close(found, oracle(name), max_rel=1e-5, what=name)
 
 
@@ -74,9 +73,9 @@ def test_causal_to_the_bit(platform):
 def test_a_state_goes_on(platform):
     a, b = (arguments(TESTS["plain"])[name] for name in ("a", "b"))
     with dispatch.target_platform(platform):
-        whole, last = diagonal_recurrence(a, b, return_final_state=True)
-        first, state = diagonal_recurrence(a[:, :20], b[:, :20], return_final_state=True)
-        second, end = diagonal_recurrence(a[:, 20:], b[:, 20:], initial_state=state, return_final_state=True)
+        whole, last = chunked(a, b, return_final_state=True)
+        first, state = chunked(a[:, :20], b[:, :20], return_final_state=True)
+        second, end = chunked(a[:, 20:], b[:, 20:], initial_state=state, return_final_state=True)
     assert_close(jnp.concatenate([first, second], axis=1), whole, max_rel=1e-6)
     assert_close(end, last, max_rel=1e-6)
 

@@ -1,0 +1,112 @@
+"""Logits of code we did not write: transformers' models with their weights in ours, and back.
+
+Goldens come from tools/parity_goldens.py. Documents are 13 and 18 tokens; each is compared alone and with the other packed
+in front or behind it, which in transformers needs CUDA kernels for anything recurrent, so that both are held to its logits
+of the document alone.
+"""
+
+import functools
+import importlib.util
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlt.export.huggingface.links import write_all
+from mlt.export.huggingface.registry import architecture_of, read_config, write_config
+from mlt.export.huggingface.weights import model_of, read_model, write_model
+from mlt.export.names import to_tensors
+from mlt.mixers.base import Context
+from mlt.model.remat import Remat
+from mlt.parallel.rules import Rules
+
+ROOT = pathlib.Path(__file__).parents[2]
+TOLERANCE = 1e-4
+
+
+def _tool():
+    spec = importlib.util.spec_from_file_location("mlt_tools_parity_goldens", ROOT / "tools" / "parity_goldens.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = _tool()
+
+
+@functools.cache
+def golden(name):
+    with np.load(tool.golden_path(name)) as file:
+        stored = {key: file[key] for key in file.files}
+    values = json.loads(str(stored["config"]))
+    shapes = {key: tuple(shape) for key, shape in json.loads(str(stored["shapes"])).items()}
+    theirs = tool.weights(shapes, int(stored["seed"]))
+    config = read_config(values, name)
+    return stored, values, theirs, config, model_of(config, values, theirs, config.build(), name)
+
+
+def our_logits(model, ids, lengths):
+    """Logits (T, V) of each document alone, the first first packed, and packed in the other order: one program for all."""
+    parts = np.split(ids, np.cumsum(lengths)[:-1])
+    total = len(ids)
+    rows = [[parts[0]], [parts[1]], parts, parts[::-1]]
+    tokens, segments, positions = (np.zeros((len(rows), total), np.int32) for _ in range(3))
+    for row, documents in enumerate(rows):
+        start = 0
+        for number, document in enumerate(documents, start=1):
+            where = slice(start, start + len(document))
+            tokens[row, where], segments[row, where] = document, number
+            positions[row, where] = np.arange(len(document))
+            start = where.stop
+    context = Context(tokens, segments, positions, Rules(None), False)
+    run = jax.jit(lambda model, context: model.logits(model(context, dtype=jnp.dtype("float32"), remat=Remat(mode="none"))[0]))
+    out = np.asarray(run(model, context))
+    first, second = lengths
+    return {
+        "alone": np.concatenate([out[0, :first], out[1, :second]]),
+        "packed": out[2],
+        "packed the other way": np.concatenate([out[3, second:], out[3, :second]]),
+    }
+
+
+@pytest.mark.parametrize("name", tool.CASES)
+def test_logits(name):
+    stored, _, _, _, model = golden(name)
+    wanted = stored["logits"]
+    assert 1.0 < np.abs(wanted).max() < 30.0
+    for how, found in our_logits(model, stored["ids"], stored["lengths"]).items():
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE, err_msg=how)
+
+
+@pytest.mark.parametrize("name", tool.CASES)
+def test_export_gives_the_same_file(name):
+    """Config and tensors go back as they came: equal fields to the point of equal models, weights to the bit."""
+    _, values, theirs, config, model = golden(name)
+    architecture, fields = write_config(config)
+    assert architecture is architecture_of(values, name)
+    assert read_config({"model_type": values["model_type"], **fields}, name) == config
+    tensors = write_all(architecture.links(config), to_tensors(config, model))
+    theirs = architecture.respelled(theirs)
+    assert tensors.keys() == theirs.keys()
+    for key, array in theirs.items():
+        np.testing.assert_array_equal(tensors[key], array, err_msg=key, strict=True)
+
+
+@pytest.mark.parametrize("name", tool.CASES)
+def test_live(name, tmp_path):
+    """Where torch and transformers are at hand: what we export loads there, every tensor used, and computes the same."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    _, _, _, config, model = golden(name)
+    architecture, fields = write_config(config)
+    write_model(config, model, architecture, {**fields, "max_position_embeddings": 64}, tmp_path)
+    again, read_back = read_model(tmp_path)
+    assert again == config
+    parts = tool.documents(config.vocab_size, seed=2)
+    theirs = tool.load(tmp_path)
+    wanted = np.concatenate([tool.logits(theirs, part) for part in parts])
+    found = our_logits(read_back, np.concatenate(parts), [len(part) for part in parts])["alone"]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)

@@ -1,0 +1,206 @@
+"""Print how far every backend of every op is from float64, values and every gradient, and write it as a dated report.
+
+    python tools/error_table.py [OP ...] [--backend NAME] [--interpret] [--out kernels/reports]
+
+Every op, backend and case is found by its folder (`cases.py`). Each case runs as given and under hard conditions: ragged
+lengths, decays down to -60 a step, beta 0, 1 and 2, zero and repeated keys, documents of one token, a row of nothing but
+padding; in float32 and bfloat16. A value above its limit, or that is not finite, is marked `!` and the exit code is 1.
+With --interpret, Pallas backends run in interpret mode on any machine (slow: first case of each op, as given).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import functools
+import importlib.util
+import inspect
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from mlt_kernels import dispatch
+
+from mlt.bench import gate
+from mlt.bench.rows import differentiable
+
+ROOT = pathlib.Path(__file__).parent.parent
+TYPES = (jnp.float32, jnp.bfloat16)
+LENGTHS = (1, 17, 100)
+RETURNS = ("return_final_state", "return_lse", "return_halo")
+
+Arrays = dict[str, Any]
+
+
+@dataclasses.dataclass
+class Line:
+    """Worst errors of one backend, type and condition over the cases it applies to."""
+
+    backend: str
+    dtype: str
+    condition: str
+    cases: int = 0
+    errors: dict[str, float] = dataclasses.field(default_factory=dict)
+    where: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def add(self, case: str, errors: dict[str, float]) -> None:
+        self.cases += 1
+        for name, error in errors.items():
+            if not error <= self.errors.get(name, -1.0):
+                self.errors[name], self.where[name] = error, case
+
+    @property
+    def limit(self) -> float:
+        return gate.LIMITS[self.dtype]
+
+    def bad(self) -> list[str]:
+        return [name for name, error in self.errors.items() if not error <= self.limit]
+
+
+@functools.cache
+def function(op: str, fixed: tuple[tuple[str, Any], ...]) -> gate.Fn:
+    """The op as a function of its arrays, with every other result that it can return. One object a kind of call."""
+    public = getattr(importlib.import_module(f"mlt_kernels.{op}"), op)
+    known = inspect.signature(public).parameters
+    flags = {name: True for name in RETURNS if name in known}
+    return lambda arrays, implementation: public(**arrays, **flags, **dict(fixed), implementation=implementation)
+
+
+def split(arguments: Arrays) -> tuple[Arrays, tuple[tuple[str, Any], ...]]:
+    """Array arguments and the rest."""
+
+    def is_array(value: Any) -> bool:
+        leaves = jax.tree.leaves(value)
+        return bool(leaves) and all(hasattr(leaf, "dtype") for leaf in leaves)
+
+    arrays = {name: value for name, value in arguments.items() if is_array(value)}
+    return arrays, tuple(sorted((name, value) for name, value in arguments.items() if name not in arrays))
+
+
+def conditions(module: Any, index: int, case: Any, dtype: Any) -> Iterator[tuple[str, Arrays]]:
+    """(condition, arguments) of a case: as given, then the hard ones it has the arguments for."""
+    fields = {field.name for field in dataclasses.fields(case)}
+    given = module.arguments(case, dtype=dtype)
+    yield "as given", given
+    if "T" in fields:
+        T = LENGTHS[index % len(LENGTHS)]
+        with contextlib.suppress(ValueError):  # some cases have no shorter form
+            yield f"ragged length {T}", module.arguments(dataclasses.replace(case, T=T), dtype=dtype)
+    if "strongest" in fields and ("log_decay" in given or "a" in given):
+        yield "decays to -60", module.arguments(dataclasses.replace(case, strongest=-60.0), dtype=dtype)
+    if given.get("rule") == "delta" and "beta" in given:
+        for beta in (0.0, 1.0, 2.0):
+            yield f"beta {beta:.0f}", given | {"beta": jnp.full_like(given["beta"], beta)}
+    k = given.get("k")
+    if getattr(k, "ndim", 0) == 4:
+        yield "zero keys", given | {"k": k.at[:, k.shape[1] // 3 :].set(0)}
+        one = given | {"k": jnp.broadcast_to(k[:, :1], k.shape)}
+        yield "one key", one
+        if given.get("rule") == "delta" and "beta" in given:
+            yield "one key, beta 2", one | {"beta": jnp.full_like(given["beta"], 2)}
+    ids = given.get("segment_ids")
+    if hasattr(ids, "shape"):
+        B, T = ids.shape
+        yield "documents of one token", given | {"segment_ids": jnp.broadcast_to(jnp.arange(1, T + 1, dtype=ids.dtype), (B, T))}
+        yield "a row of padding", given | {"segment_ids": ids.at[0].set(0)}
+    if "labels" in given and "weights" in given:
+        yield "a row of padding", given | {"weights": given["weights"].at[0].set(0)}
+
+
+def measure(op: str, backends: list[str], *, first_only: bool) -> tuple[list[Line], dict[str, str]]:
+    """Lines of one op, and why each backend that did not run did not."""
+    module = importlib.import_module(f"mlt_kernels.{op}.cases")
+    lines: dict[tuple[str, str, str], Line] = {}
+    refused: dict[str, str] = {}
+    for index, (name, case) in enumerate(list(module.TESTS.items())[: 1 if first_only else None]):
+        for dtype in TYPES:
+            for condition, arguments in conditions(module, index, case, dtype):
+                if first_only and condition != "as given":
+                    continue
+                arrays, fixed = split(arguments)
+                ids = arrays.get("segment_ids")
+                real = np.asarray(ids) != 0 if hasattr(ids, "shape") else None
+                wrt, fn = differentiable(arrays), function(op, fixed)
+                wanted = gate.float64(fn, wrt, arrays, real)
+                for backend in backends:
+                    key = (backend, jnp.dtype(dtype).name, condition.partition(" length")[0])
+                    try:
+                        errors = gate.errors(gate.outcome(fn, backend, wrt, arrays, real), wanted, real)
+                    except dispatch.UnsupportedError as error:
+                        refused[backend] = next(iter(error.reasons.values()))
+                        continue
+                    lines.setdefault(key, Line(*key)).add(name, errors)
+        jax.clear_caches()
+        gate.compiled.cache_clear()
+    return sorted(lines.values(), key=lambda line: (line.backend, line.dtype != "float32")), refused
+
+
+def table(op: str, lines: list[Line], refused: dict[str, str]) -> str:
+    """Markdown of one op."""
+    names = list(dict.fromkeys(name for line in lines for name in line.errors))
+    rows = [["backend", "type", "inputs", "cases", *names]]
+    for line in lines:
+        cells = ["" if name not in line.errors else _cell(line, name) for name in names]
+        rows.append([line.backend, line.dtype, line.condition, str(line.cases), *cells])
+    text = f"\n## {op}\n\n"
+    if lines:
+        text += "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]) + "\n"
+    return text + "".join(f"\n`{name}` did not run: {why}\n" for name, why in refused.items())
+
+
+def _cell(line: Line, name: str) -> str:
+    error = line.errors[name]
+    return f"{error:.1e}" if error <= line.limit else f"**{error:.1e} !** ({line.where[name]})"
+
+
+def report(tables: list[str], command: str, bad: int) -> str:
+    device = jax.devices()[0]
+    limits = ", ".join(f"{limit:.0e} in {name}" for name, limit in gate.LIMITS.items())
+    return (
+        f"# Errors against float64 on {device.device_kind or device.platform}\n\n"
+        f"{datetime.date.today().isoformat()}, JAX {jax.__version__}, NumPy {np.__version__}, "
+        f"Python {sys.version.split()[0]}. Command: `{command}`\n\n"
+        "Each value is max |difference| / max |expected| of an array, the worst over the cases: the result `out`, the other "
+        "results (states, log-sum-exp) `more`, and the gradient `d x` in every floating argument for a normal cotangent, "
+        f"against the op's reference on the same numbers in float64. Limits: {limits}. Above its limit: {bad} values.\n"
+    ) + "".join(tables)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("ops", nargs="*", metavar="OP", help="these ops; all by default")
+    parser.add_argument("--backend", action="append", help="this backend; may repeat")
+    parser.add_argument("--interpret", action="store_true", help="run Pallas backends in interpret mode, first case of each op")
+    parser.add_argument("--out", type=pathlib.Path, help="folder of the report; none is written by default")
+    words = parser.parse_args()
+    mode = contextlib.nullcontext()
+    if words.interpret:
+        from mlt_kernels import pallas
+
+        mode = pallas.interpret()
+    tables, bad = [], []
+    with mode:
+        for op in words.ops or [op for op in dispatch.ops() if importlib.util.find_spec(f"mlt_kernels.{op}.cases")]:
+            backends = [b for b in dispatch.selectable(op) if not words.backend or b in words.backend]
+            if words.interpret:
+                backends = [b for b in backends if b.startswith("pallas")]
+            lines, refused = measure(op, backends, first_only=words.interpret)
+            tables.append(table(op, lines, refused))
+            bad += [f"{op} {line.backend} {line.dtype} {line.condition}: {name}" for line in lines for name in line.bad()]
+            print(tables[-1], flush=True)
+    device = jax.devices()[0]
+    command = "python tools/error_table.py" + "".join(f" {word}" for word in sys.argv[1:])
+    if words.out is not None:
+        words.out.mkdir(parents=True, exist_ok=True)
+        name = (device.device_kind or device.platform).lower().replace(" ", "-") + ("-interpret" if words.interpret else "")
+        (words.out / f"{name}.md").write_text(report(tables, command, len(bad)))
+    print("\n".join(f"above its limit: {line}" for line in bad) or "every value is within its limit")
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
