@@ -5,6 +5,7 @@ sequence is split over devices, what must cross is part of the function: states 
 values for attention (`ring.py`), a few inputs for the convolution. Documents come from `segment_ids`, split like the tokens.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +85,43 @@ def diagonal_recurrence(
         return mlt_kernels.diagonal_recurrence(a, b, initial_state=state, segment_ids=segment_ids, **options)
 
     return local(run, rules, (axes, axes, TOKENS), axes)(a, b, segment_ids)
+
+
+def selective_scan(
+    rules: Rules,
+    x_BTD: jax.Array,
+    step_BTD: jax.Array,
+    A_DN: jax.Array,
+    B_BTN: jax.Array,
+    C_BTN: jax.Array,
+    *,
+    skip: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    exchange: str | None = None,
+    **options: Any,
+) -> jax.Array:
+    """`mlt_kernels.selective_scan` over the mesh: channels over `tensor`, the state carried over `context` shards.
+
+    Args:
+        exchange: as for `linear_recurrence`.
+        options: implementation.
+    """
+
+    def run(x, step, A, B, C, skip, segment_ids):
+        scan = functools.partial(mlt_kernels.selective_scan, x, step, A, B, C, **options)
+        state = None
+        if rules.size("seq") > 1:
+            segments = _segments(x, segment_ids)
+            _, end = scan(segment_ids=segments, return_final_state=True)
+            total_BD = jnp.where(segments[..., None] != 0, step.astype(jnp.float32), 0.0).sum(1)
+            whole = sequence.one_document(segments)[:, None, None]
+            transition = jnp.where(whole, jnp.exp(total_BD[..., None] * A.astype(jnp.float32)), 0.0)
+            state = _entering(rules, exchange, segments, transition, end, carry.DIAGONAL)
+        return scan(skip=skip, initial_state=state, segment_ids=segment_ids)
+
+    shared = (*TOKENS, None)
+    inputs = (CHANNELS, CHANNELS, ("heads", None), shared, shared, HEADS, TOKENS)
+    return local(run, rules, inputs, CHANNELS)(x_BTD, step_BTD, A_DN, B_BTN, C_BTN, skip, segment_ids)
 
 
 def causal_conv(

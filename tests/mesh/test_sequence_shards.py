@@ -111,6 +111,16 @@ def test_diagonal_recurrence(exchange, complex_):
     compare(call, arrays, rules(8))
 
 
+def test_selective_scan():
+    arrays = {"x_BTD": normal(0, B, T, 4), "step_BTD": jax.nn.softplus(normal(1, B, T, 4)), "A_DN": -jnp.exp(normal(2, 4, 3))}
+    arrays |= {"B_BTN": normal(3, B, T, 3), "C_BTN": normal(4, B, T, 3), "skip": normal(5, 4)}
+
+    def call(rules, **arrays):
+        return ops.selective_scan(rules, **arrays, segment_ids=SEGMENTS, exchange="ring")
+
+    compare(call, arrays, rules(4, 2))
+
+
 @pytest.mark.parametrize(("width", "dilation"), [(4, 1), (4, 3)])
 def test_causal_conv(width, dilation):
     """With dilation 3 a tap reaches over a whole shard of 8 tokens."""
