@@ -144,6 +144,18 @@ def test_lowering_at_standard_shapes(op, kernel):
     assert largest <= int(np.prod(shapes[first].shape)), "an array holds more than one number for each token and channel"
 
 
+@pytest.mark.usefixtures("default_sizes")
+def test_one_long_row_is_cut_into_pieces():
+    rows = jax.ShapeDtypeStruct((1, 131072, 4096), jnp.bfloat16)
+
+    def fn(a, b):
+        return value_and_grads(diagonal_recurrence, {"a": a, "b": b}, cotangent=a)
+
+    with pallas.target_device():
+        text = jax.jit(fn).trace(rows, rows).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@triton") + text.count("custom_call") >= 4
+
+
 ARGUMENTS = {
     "diagonal_recurrence": ("a", "b", "initial_state", "segment_ids", "reverse"),
     "selective_scan": ("x", "step", "A", "B", "C", "skip", "initial_state", "segment_ids"),

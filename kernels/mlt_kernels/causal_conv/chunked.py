@@ -1,4 +1,7 @@
-"""Portable form: one shifted, masked multiply-add a tap, which XLA fuses into one pass over the row."""
+"""Portable form: one shifted, masked multiply-add a tap, which XLA fuses into one pass over the row.
+
+It is the form for a TPU too: nothing is left for a kernel to fuse.
+"""
 
 from typing import Any
 
