@@ -78,6 +78,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "linear_num_key_heads": 2,
             "linear_key_head_dim": 8,
             "linear_value_head_dim": 12,
+            # The norm behind the delta rule blows up the rounding of heads that read next to nothing, by up to eps^-1/2.
+            "rms_norm_eps": 1e-3,
         },
     ),
     "mamba2": (
@@ -174,6 +176,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "diffllama": ("diffllama", {**_BASE, **_ATTENTION, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}),
+    "xlstm": (
+        "xlstm",
+        {**_BASE, "num_heads": 4, "chunk_size": 8, "ffn_round_up_to_multiple_of": 8, "autocast_kernel_dtype": "float32"},
+    ),
     "kimi_linear": (
         "kimi_linear",
         {
@@ -196,11 +202,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Name of the golden -> (model_type, config)."""
-
-# With seed 1 a head of Qwen3-Next reads almost nothing for one token, and the norm behind it makes float32 noise of it: there
-# transformers' float32 logits are 1.2e-3 off its own float64 ones.
-SEEDS = {"qwen3_next": 5}
-"""Seed of a golden's weights and documents where it is not 1."""
 
 
 def golden_path(name: str) -> Path:
@@ -331,7 +332,7 @@ def make(name: str, seed: int) -> dict[str, np.ndarray]:
 if __name__ == "__main__":
     FOLDER.mkdir(parents=True, exist_ok=True)
     for case in sys.argv[1:] or CASES:
-        golden = make(case, SEEDS.get(case, 1))
+        golden = make(case, seed=1)
         np.savez_compressed(golden_path(case), **golden)
         size, largest = golden_path(case).stat().st_size, np.abs(golden["logits"]).max()
         print(f"{case:<24}{size:>8} bytes  largest logit {largest:6.2f}  packed by transformers: {golden['packed_error']:.1e}")

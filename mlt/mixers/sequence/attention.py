@@ -10,10 +10,11 @@ from mlt_kernels import attention
 
 from mlt.config.problems import Problem
 from mlt.mixers.base import Aux, BuildInfo, Context, Mixer, SequenceMixerConfig, save_point, shared_axis
+from mlt.mixers.rope_scaling import RopeScaling
 from mlt.nn.linear import Linear
 from mlt.nn.norm import RMSNorm
 from mlt.nn.param import fan_in, param, zeros
-from mlt.nn.rope import apply_rope
+from mlt.nn.rope import apply_rope, rope_frequencies
 from mlt.parallel import ops
 
 
@@ -26,11 +27,17 @@ class Attention(SequenceMixerConfig):
         head_dim: width of a head (H).
         window: a query sees this many tokens, itself included; None sees the whole document.
         rope_base: base of the rotary embedding; None leaves positions out (NoPE).
+        rotary_dim: the first channels of a head that are rotated, an even number; None means all.
+        rope_scaling: stretched frequencies for more tokens than the model was first trained at.
+        scale: factor on the scores; None means head_dim ** -0.5.
         qk_norm: RMSNorm queries and keys per head before the rotation.
+        norm_eps: of these norms.
+        unit_offset_norm: they multiply by 1 + scale.
         sinks: one learned logit per head joins the softmax denominator (arXiv 2309.17453, learned form).
         output_gate: multiply the result by a sigmoid of the input, per channel.
         softcap: scores become cap * tanh(score / cap).
         qkv_bias: biases on the three input projections.
+        output_bias: a bias on the output projection.
     """
 
     context: ClassVar[str] = "ring"
@@ -41,11 +48,17 @@ class Attention(SequenceMixerConfig):
     num_kv_heads: int | None = None
     window: int | None = None
     rope_base: float | None = 10_000.0
+    rotary_dim: int | None = None
+    rope_scaling: RopeScaling | None = None
+    scale: float | None = None
     qk_norm: bool = False
+    norm_eps: float = 1e-6
+    unit_offset_norm: bool = False
     sinks: bool = False
     output_gate: bool = False
     softcap: float | None = None
     qkv_bias: bool = False
+    output_bias: bool = False
 
     @property
     def kv_heads(self) -> int:
@@ -57,15 +70,27 @@ class Attention(SequenceMixerConfig):
             if value is not None and value < 1:
                 yield Problem(name, value, "must be at least 1")
                 return
-        for name in ("rope_base", "softcap"):
+        for name in ("rope_base", "softcap", "scale"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                yield Problem(name, value, "must be positive", "None turns it off")
+                ways_out = "None means head_dim ** -0.5" if name == "scale" else "None turns it off"
+                yield Problem(name, value, "must be positive", ways_out)
         if self.num_heads % self.kv_heads:
             divisors = ", ".join(str(n) for n in range(1, self.num_heads + 1) if self.num_heads % n == 0)
             yield Problem("num_kv_heads", self.num_kv_heads, f"must divide num_heads = {self.num_heads}", f"use {divisors}")
-        if self.rope_base is not None and self.head_dim % 2:
+        yield from self._rope_problems()
+
+    def _rope_problems(self) -> Iterator[Problem]:
+        if self.rope_base is None:
+            for name in ("rotary_dim", "rope_scaling"):
+                if getattr(self, name) is not None:
+                    yield Problem(
+                        name, getattr(self, name), "is read with rotary positions alone", "leave it None, or set rope_base"
+                    )
+        elif self.rotary_dim is None and self.head_dim % 2:
             yield Problem("head_dim", self.head_dim, "must be even under rotary positions", "use an even width or rope_base=None")
+        elif self.rotary_dim is not None and (self.rotary_dim % 2 or not 2 <= self.rotary_dim <= self.head_dim):
+            yield Problem("rotary_dim", self.rotary_dim, f"must be even and lie in [2, head_dim = {self.head_dim}]")
 
     def build(self, info: BuildInfo) -> "AttentionMixer":
         return AttentionMixer(self, info)
@@ -97,11 +122,12 @@ class AttentionMixer(Mixer):
         self.key = Linear((("embed", d),), ((shared_axis(k), k), ("head_dim", h)), bias=config.qkv_bias)
         self.value = Linear((("embed", d),), ((shared_axis(k), k), ("head_dim", h)), bias=config.qkv_bias)
         self.gate = Linear((("embed", d),), (("heads", n), ("head_dim", h))) if config.output_gate else None
-        self.query_norm = RMSNorm(h) if config.qk_norm else None
-        self.key_norm = RMSNorm(h) if config.qk_norm else None
+        norm = {"eps": config.norm_eps, "unit_offset": config.unit_offset_norm}
+        self.query_norm = RMSNorm(h, **norm) if config.qk_norm else None
+        self.key_norm = RMSNorm(h, **norm) if config.qk_norm else None
         self.sinks = param((n,), ("heads",), zeros, group="vector") if config.sinks else None
         out_init = fan_in(n * h, scale=info.residual_scale)
-        self.output = Linear((("heads", n), ("head_dim", h)), (("embed", d),), init=out_init)
+        self.output = Linear((("heads", n), ("head_dim", h)), (("embed", d),), init=out_init, bias=config.output_bias)
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, ctx)
@@ -147,13 +173,22 @@ class AttentionMixer(Mixer):
         if self.query_norm is not None:
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         if self.config.rope_base is not None:
-            q_BTNH = apply_rope(q_BTNH, ctx.positions, base=self.config.rope_base)
-            k_BTKH = apply_rope(k_BTKH, ctx.positions, base=self.config.rope_base)
+            q_BTNH = apply_rope(q_BTNH, ctx.positions, **self._rotation())
+            k_BTKH = apply_rope(k_BTKH, ctx.positions, **self._rotation())
         return tuple(save_point(part, "attention_qkv") for part in (q_BTNH, k_BTKH, v_BTKH))
+
+    def _rotation(self):
+        config = self.config
+        base, width = config.rope_base, config.rotary_dim or config.head_dim
+        if config.rope_scaling is not None:
+            scaling = config.rope_scaling
+            return {"base": base, "frequency": scaling.frequencies(base, width), "gain": scaling.gain}
+        return {"base": base, "frequency": None if config.rotary_dim is None else rope_frequencies(base, width)}
 
     def _options(self):
         config = self.config
-        return {"window": config.window, "softcap": config.softcap, "implementation": config.kernel}
+        options = {"window": config.window, "softcap": config.softcap, "scale": config.scale}
+        return {**options, "implementation": config.kernel}
 
     def _sinks(self):
         return None if self.sinks is None else self.sinks[...]

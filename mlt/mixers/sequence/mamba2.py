@@ -1,29 +1,19 @@
 """Mamba-2 (SSD, arXiv 2405.21060): a matrix state with one scalar decay per head and input-dependent step sizes."""
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from mlt_kernels import linear_recurrence
 
 from mlt.config.problems import Problem
-from mlt.mixers.base import (
-    Aux,
-    BuildInfo,
-    Context,
-    Mixer,
-    SequenceMixerConfig,
-    keep_where,
-    resume_segment,
-    save_point,
-    shared_axis,
-)
+from mlt.mixers.base import BuildInfo, SequenceMixerConfig, save_point, shared_axis
 from mlt.mixers.conv import CausalConv
+from mlt.mixers.recurrent import RecurrentMixer, Row, empty_state
+from mlt.mixers.sizes import not_divisor, not_positive, recurrence_flops
 from mlt.nn.linear import Linear
 from mlt.nn.norm import rms_normalize
 from mlt.nn.param import fan_in, inverse_softplus_of_step, log_of_uniform, ones, param
-from mlt.parallel import ops
 
 
 class Mamba2(SequenceMixerConfig):
@@ -37,6 +27,11 @@ class Mamba2(SequenceMixerConfig):
         state_dim: rows of the state (N).
         num_groups: groups (G) that share B and C; a divisor of num_heads.
         conv_width: taps of the short convolution on x, B and C.
+        conv_bias: biases on it.
+        norm: of y, one group at a time: after the gate, before it, or none.
+        norm_eps: of that norm.
+        step_limit: lowest and highest step size, the second None for no highest; None leaves steps as they are.
+        projection_scales: factors on the projections z, x, B, C and step; None means 1.
     """
 
     context: ClassVar[str] = "carry"
@@ -47,15 +42,19 @@ class Mamba2(SequenceMixerConfig):
     state_dim: int = 128
     num_groups: int = 1
     conv_width: int = 4
+    conv_bias: bool = True
+    norm: Literal["after_gate", "before_gate", "none"] = "after_gate"
+    norm_eps: float = 1e-5
+    step_limit: tuple[float, float | None] | None = None
+    projection_scales: tuple[float, float, float, float, float] | None = None
 
     def problems(self) -> Iterator[Problem]:
-        for name in ("num_heads", "head_dim", "state_dim", "num_groups", "conv_width"):
-            if getattr(self, name) < 1:
-                yield Problem(name, getattr(self, name), "must be at least 1")
-                return
-        if self.num_heads % self.num_groups:
-            divisors = ", ".join(str(n) for n in range(1, self.num_heads + 1) if self.num_heads % n == 0)
-            yield Problem("num_groups", self.num_groups, f"must divide num_heads = {self.num_heads}", f"use {divisors}")
+        sizes = list(not_positive(self, "num_heads", "head_dim", "state_dim", "num_groups", "conv_width"))
+        yield from sizes or not_divisor(self, "num_groups", "num_heads")
+        if self.step_limit is not None:
+            low, high = self.step_limit
+            if low < 0 or (high is not None and high <= low):
+                yield Problem("step_limit", self.step_limit, "must be a lower and a higher number, neither negative")
 
     def build(self, info: BuildInfo) -> "Mamba2Mixer":
         return Mamba2Mixer(self, info)
@@ -63,9 +62,8 @@ class Mamba2(SequenceMixerConfig):
     def flops_per_token(self, d_model: int, seq_len: int) -> float:
         inner, shared = self.num_heads * self.head_dim, self.num_groups * self.state_dim
         projections = 2 * d_model * (3 * inner + 2 * shared + self.num_heads)
-        chunk = min(64, seq_len)
-        per_head = chunk * (self.state_dim + self.head_dim) + 2 * self.state_dim * self.head_dim
-        return projections + 2 * self.conv_width * (inner + 2 * shared) + 2 * self.num_heads * per_head
+        recurrence = recurrence_flops(self.num_heads, self.state_dim, self.head_dim, seq_len)
+        return projections + 2 * self.conv_width * (inner + 2 * shared) + recurrence
 
     def state_size(self, d_model: int, seq_len: int) -> int:
         channels = self.num_heads * self.head_dim + 2 * self.num_groups * self.state_dim
@@ -77,7 +75,7 @@ class Mamba2(SequenceMixerConfig):
         return config, BuildInfo(d_model=32, num_sub_layers=4, vocab_size=64)
 
 
-class Mamba2Mixer(Mixer):
+class Mamba2Mixer(RecurrentMixer):
     def __init__(self, config: Mamba2, info: BuildInfo):
         self.config = config
         d, h, p, n, g = info.d_model, config.num_heads, config.head_dim, config.state_dim, config.num_groups
@@ -87,69 +85,49 @@ class Mamba2Mixer(Mixer):
         self.write = Linear((("embed", d),), groups)
         self.read = Linear((("embed", d),), groups)
         self.step_size = Linear((("embed", d),), (("heads", h),))
-        self.value_conv = CausalConv(heads, width=config.conv_width, bias=True)
-        self.write_conv = CausalConv(groups, width=config.conv_width, bias=True)
-        self.read_conv = CausalConv(groups, width=config.conv_width, bias=True)
+        self.value_conv = CausalConv(heads, width=config.conv_width, bias=config.conv_bias)
+        self.write_conv = CausalConv(groups, width=config.conv_width, bias=config.conv_bias)
+        self.read_conv = CausalConv(groups, width=config.conv_width, bias=config.conv_bias)
         self.A_log = param((h,), ("heads",), log_of_uniform(1.0, 16.0), group="vector")
         self.dt_bias = param((h,), ("heads",), inverse_softplus_of_step(), group="vector")
         self.skip = param((h,), ("heads",), ones, group="vector")
-        self.norm_scale = param((h, p), ("heads", "head_dim"), ones, group="vector")
+        scale = param((h, p), ("heads", "head_dim"), ones, group="vector")
+        self.norm_scale = None if config.norm == "none" else scale
         self.output = Linear(heads, (("embed", d),), init=fan_in(h * p, scale=info.residual_scale))
-
-    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
-        x = self.value_conv(self.value(x_BTD), ctx)
-        write = self.write_conv(self.write(x_BTD), ctx)
-        read = self.read_conv(self.read(x_BTD), ctx)
-        value, log_decay = self._discretize(x, x_BTD)
-        y = ops.linear_recurrence(
-            ctx.rules, read, write, value, log_decay=log_decay, segment_ids=ctx.segment_ids, **self._options()
-        )
-        return self._finish(y, x, x_BTD), {}
 
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
         config = self.config
-        return {
-            "value": self.value_conv.init_state(batch, dtype),
-            "write": self.write_conv.init_state(batch, dtype),
-            "read": self.read_conv.init_state(batch, dtype),
-            "memory": jnp.zeros((batch, config.num_heads, config.state_dim, config.head_dim), jnp.float32),
-            "segment": jnp.zeros((batch,), jnp.int32),
-        }
+        convs = {"value": self.value_conv, "write": self.write_conv, "read": self.read_conv}
+        return empty_state(batch, dtype, convs, memory=(config.num_heads, config.state_dim, config.head_dim))
 
-    def step(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any]:
-        keep = resume_segment(state["segment"], ctx.segment_ids)
-        halo = {name: keep_where(keep, state[name]) for name in ("value", "write", "read")}
-        new = {"segment": ctx.segment_ids[:, -1]}
-        x, new["value"] = self.value_conv.step(self.value(x_BTD), ctx.segment_ids, halo["value"])
-        write, new["write"] = self.write_conv.step(self.write(x_BTD), ctx.segment_ids, halo["write"])
-        read, new["read"] = self.read_conv.step(self.read(x_BTD), ctx.segment_ids, halo["read"])
-        value, log_decay = self._discretize(x, x_BTD)
-        memory = keep_where(keep, state["memory"])
-        y, new["memory"] = linear_recurrence(
-            read,
-            write,
-            value,
-            log_decay=log_decay,
-            segment_ids=ctx.segment_ids,
-            initial_state=memory,
-            return_final_state=True,
-            **self._options(),
+    def mix(self, x_BTD: jax.Array, row: Row) -> jax.Array:
+        projections = [p(x_BTD) for p in (self.gate, self.value, self.write, self.read, self.step_size)]
+        if self.config.projection_scales is not None:
+            projections = [p * scale for p, scale in zip(projections, self.config.projection_scales, strict=True)]
+        gate_BTHP, value_BTHP, write_BTGN, read_BTGN, step_BTH = projections
+        x_BTHP = row.conv("value", self.value_conv, value_BTHP)
+        write_BTGN = row.conv("write", self.write_conv, write_BTGN)
+        read_BTGN = row.conv("read", self.read_conv, read_BTGN)
+        step_BTH = jax.nn.softplus(step_BTH.astype(jnp.float32) + self.dt_bias[...])
+        if self.config.step_limit is not None:
+            step_BTH = jnp.clip(step_BTH, *self.config.step_limit)
+        log_decay_BTH = save_point(-jnp.exp(self.A_log[...]) * step_BTH, "recurrence_in")
+        value_BTHP = save_point((x_BTHP.astype(jnp.float32) * step_BTH[..., None]).astype(x_BTHP.dtype), "recurrence_in")
+        y_BTHP = row.linear_recurrence(
+            read_BTGN, write_BTGN, value_BTHP, log_decay=log_decay_BTH, scale=1.0, implementation=self.config.kernel
         )
-        return self._finish(y, x, x_BTD), new
+        y_BTHP = save_point(y_BTHP, "recurrence_out") + self.skip[...][:, None].astype(y_BTHP.dtype) * x_BTHP
+        return self.output(self._gated(y_BTHP.astype(jnp.float32), gate_BTHP).astype(x_BTD.dtype))
 
-    def _discretize(self, x_BTHP, stream_BTD):
-        step_BTH = jax.nn.softplus(self.step_size(stream_BTD).astype(jnp.float32) + self.dt_bias[...])
-        log_decay_BTH = -jnp.exp(self.A_log[...]) * step_BTH
-        value_BTHP = (x_BTHP.astype(jnp.float32) * step_BTH[..., None]).astype(x_BTHP.dtype)
-        return save_point(value_BTHP, "recurrence_in"), save_point(log_decay_BTH, "recurrence_in")
+    def _gated(self, y_BTHP: jax.Array, gate_BTHP: jax.Array) -> jax.Array:
+        """y silu(gate) with the norm where the config puts it, float32."""
+        gate_BTHP = jax.nn.silu(gate_BTHP.astype(jnp.float32))
+        if self.config.norm == "none":
+            return y_BTHP * gate_BTHP
+        if self.config.norm == "before_gate":
+            return self._norm(y_BTHP) * gate_BTHP
+        return self._norm(y_BTHP * gate_BTHP)
 
-    def _options(self):
-        return {"scale": 1.0, "implementation": self.config.kernel}
-
-    def _finish(self, y_BTHP, x_BTHP, stream_BTD):
-        y_BTHP = save_point(y_BTHP, "recurrence_out")
-        y_BTHP = y_BTHP + self.skip[...][:, None].astype(y_BTHP.dtype) * x_BTHP
-        gated = y_BTHP.astype(jnp.float32) * jax.nn.silu(self.gate(stream_BTD).astype(jnp.float32))
-        grouped = gated.reshape(*gated.shape[:2], self.config.num_groups, -1)
-        normed = rms_normalize(grouped, eps=1e-5).reshape(gated.shape) * self.norm_scale[...]
-        return self.output(normed.astype(stream_BTD.dtype))
+    def _norm(self, y_BTHP: jax.Array) -> jax.Array:
+        grouped = y_BTHP.reshape(*y_BTHP.shape[:2], self.config.num_groups, -1)
+        return rms_normalize(grouped, eps=self.config.norm_eps).reshape(y_BTHP.shape) * self.norm_scale[...]

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from mlt.config.problems import Problem
-from mlt.mixers.base import Aux, BuildInfo, Context, Mixer, SequenceMixerConfig, keep_where, resume_segment
+from mlt.mixers.base import BuildInfo, SequenceMixerConfig
 from mlt.mixers.conv import CausalConv
+from mlt.mixers.recurrent import RecurrentMixer, Row, empty_state
 from mlt.nn.linear import Linear
 from mlt.nn.param import fan_in
 
@@ -43,7 +44,7 @@ class ShortConv(SequenceMixerConfig):
         return cls(), BuildInfo(d_model=32, num_sub_layers=4, vocab_size=64)
 
 
-class ShortConvMixer(Mixer):
+class ShortConvMixer(RecurrentMixer):
     def __init__(self, config: ShortConv, info: BuildInfo):
         self.config = config
         d = info.d_model
@@ -54,14 +55,9 @@ class ShortConvMixer(Mixer):
         self.conv = CausalConv(channels, width=config.width, activation=None, backend=config.kernel)
         self.output = Linear(channels, stream, init=fan_in(d, scale=info.residual_scale))
 
-    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
-        mixed = self.conv(self.input_gate(x_BTD) * self.value(x_BTD), ctx)
-        return self.output(self.output_gate(x_BTD) * mixed), {}
-
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
-        return {"halo": self.conv.init_state(batch, dtype), "segment": jnp.zeros((batch,), jnp.int32)}
+        return empty_state(batch, dtype, {"halo": self.conv})
 
-    def step(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any]:
-        halo = keep_where(resume_segment(state["segment"], ctx.segment_ids), state["halo"])
-        mixed, halo = self.conv.step(self.input_gate(x_BTD) * self.value(x_BTD), ctx.segment_ids, halo)
-        return self.output(self.output_gate(x_BTD) * mixed), {"halo": halo, "segment": ctx.segment_ids[:, -1]}
+    def mix(self, x_BTD: jax.Array, row: Row) -> jax.Array:
+        mixed = row.conv("halo", self.conv, self.input_gate(x_BTD) * self.value(x_BTD))
+        return self.output(self.output_gate(x_BTD) * mixed)

@@ -1,0 +1,109 @@
+"""Frequencies of rotary positions stretched beyond the length a model was trained at."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import numpy as np
+
+from mlt.config.base import Config
+from mlt.config.problems import Problem
+from mlt.nn.rope import rope_frequencies
+
+
+class RopeScaling(Config, ABC):
+    """How the frequencies of the rotary embedding differ from base^(-2i/width).
+
+    Attributes:
+        factor: how many times longer than the original length.
+    """
+
+    factor: float
+
+    def problems(self) -> Iterator[Problem]:
+        if self.factor < 1:
+            yield Problem("factor", self.factor, "must be at least 1")
+
+    @abstractmethod
+    def frequencies(self, base: float, width: int) -> np.ndarray:
+        """(width / 2,) float32 radians per position."""
+
+    @property
+    def gain(self) -> float:
+        """Factor on rotated queries and keys each."""
+        return 1.0
+
+
+class LinearRope(RopeScaling):
+    """Every position divided by `factor` (position interpolation, arXiv 2306.15595)."""
+
+    def frequencies(self, base: float, width: int) -> np.ndarray:
+        return (rope_frequencies(base, width) / self.factor).astype(np.float32)
+
+
+class Llama3Rope(RopeScaling):
+    """Slow pairs are interpolated, fast ones kept, with a linear ramp between (Llama 3.1).
+
+    Attributes:
+        original_length: tokens the model was first trained at.
+        low_freq_factor: a pair that turns fewer times than this over the original length is interpolated in full.
+        high_freq_factor: one that turns more often than this stays as it is.
+    """
+
+    original_length: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.original_length < 1:
+            yield Problem("original_length", self.original_length, "must be at least 1")
+        if self.high_freq_factor <= self.low_freq_factor:
+            yield Problem("high_freq_factor", self.high_freq_factor, f"must exceed low_freq_factor = {self.low_freq_factor}")
+
+    def frequencies(self, base: float, width: int) -> np.ndarray:
+        plain = rope_frequencies(base, width).astype(np.float64)
+        turns = self.original_length * plain / (2 * math.pi)
+        kept = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0)
+        return (plain * (kept + (1 - kept) / self.factor)).astype(np.float32)
+
+
+class YarnRope(RopeScaling):
+    """YaRN (arXiv 2309.00071): a ramp over pairs between interpolation and none, and a gain on the scores.
+
+    Attributes:
+        original_length: tokens the model was first trained at.
+        beta_fast: pairs that turn more often than this over the original length stay as they are.
+        beta_slow: pairs that turn fewer times are interpolated in full.
+        attention_gain: factor on rotated queries and keys; None means 0.1 ln(factor) + 1.
+        truncate: round the ends of the ramp outwards to whole pairs.
+    """
+
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_gain: float | None = None
+    truncate: bool = True
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.original_length < 1:
+            yield Problem("original_length", self.original_length, "must be at least 1")
+        if self.beta_fast <= self.beta_slow:
+            yield Problem("beta_fast", self.beta_fast, f"must exceed beta_slow = {self.beta_slow}")
+
+    @property
+    def gain(self) -> float:
+        return 0.1 * math.log(self.factor) + 1.0 if self.attention_gain is None else self.attention_gain
+
+    def frequencies(self, base: float, width: int) -> np.ndarray:
+        def pair(turns: float) -> float:
+            return width * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+        low, high = pair(self.beta_fast), pair(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, width - 1)
+        plain = rope_frequencies(base, width).astype(np.float64)
+        ramp = np.clip((np.arange(width // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+        return (plain * (1 - ramp) + plain / self.factor * ramp).astype(np.float32)

@@ -1,0 +1,144 @@
+"""Differential attention (arXiv 2410.05258): the difference of two softmax maps, which cancels what both attend to."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import mlt_kernels
+
+from mlt.config.problems import Problem
+from mlt.mixers import cache
+from mlt.mixers.base import Aux, BuildInfo, Context, Mixer, SequenceMixerConfig, save_point, shared_axis
+from mlt.mixers.sizes import not_divisor, not_positive
+from mlt.nn.linear import Linear
+from mlt.nn.norm import RMSNorm, rms_normalize
+from mlt.nn.param import fan_in, normal, param
+from mlt.nn.rope import apply_rope
+from mlt.parallel import ops
+
+
+def lambda_at(layer: int) -> float:
+    """The paper's `lambda_init` of layer 0, 1, ...: 0.8 - 0.6 e^(-0.3 layer)."""
+    return 0.8 - 0.6 * math.exp(-0.3 * layer)
+
+
+class DifferentialAttention(SequenceMixerConfig):
+    """A = softmax(q1 k1^T / sqrt(H)) - lambda softmax(q2 k2^T / sqrt(H)); out = W_o ((1 - lambda_init) norm(A v)).
+
+    lambda = exp(l_q1 . l_k1) - exp(l_q2 . l_k2) + lambda_init with learned vectors shared by the heads. The norm is an
+    RMSNorm of each head of width 2 H, its scale shared by the heads.
+
+    A scanned period gives its layers one `lambda_init` for all repeats; the paper finds a constant 0.8 as good.
+
+    Attributes:
+        num_heads: pairs of query heads (N).
+        head_dim: width of one query or key (H); values are twice as wide.
+        num_kv_heads: pairs of key heads, each with one value head (K), a divisor of num_heads; None means num_heads.
+        window: a query sees this many tokens, itself included; None sees the whole document.
+        rope_base: base of the rotary embedding; None leaves positions out (NoPE).
+        lambda_init: constant part of lambda; `lambda_at` gives the paper's for a layer.
+        norm_scale: the norm has a learned scale.
+        norm_eps: of that norm.
+    """
+
+    context: ClassVar[str] = "ring"
+    op: ClassVar[str] = "attention"
+
+    num_heads: int
+    head_dim: int
+    num_kv_heads: int | None = None
+    window: int | None = None
+    rope_base: float | None = 10_000.0
+    lambda_init: float = 0.8
+    norm_scale: bool = True
+    norm_eps: float = 1e-5
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    def problems(self) -> Iterator[Problem]:
+        sizes = list(not_positive(self, "num_heads", "head_dim", "num_kv_heads", "window"))
+        yield from sizes or not_divisor(self, "num_kv_heads", "num_heads")
+        if self.rope_base is not None and self.rope_base <= 0:
+            yield Problem("rope_base", self.rope_base, "must be positive", "None turns it off")
+        if self.rope_base is not None and self.head_dim % 2:
+            yield Problem("head_dim", self.head_dim, "must be even under rotary positions", "use an even width or rope_base=None")
+        if not 0 <= self.lambda_init < 1:
+            yield Problem("lambda_init", self.lambda_init, "must lie in [0, 1)")
+
+    def build(self, info: BuildInfo) -> "DifferentialAttentionMixer":
+        return DifferentialAttentionMixer(self, info)
+
+    def flops_per_token(self, d_model: int, seq_len: int) -> float:
+        queries, keys = 2 * self.num_heads * self.head_dim, 2 * self.kv_heads * self.head_dim
+        window = min(self.window or seq_len, seq_len)
+        seen = window - window * (window - 1) / (2 * seq_len)
+        return 2 * d_model * (2 * queries + 2 * keys) + 2 * queries * seen + 4 * queries * seen
+
+    def state_size(self, d_model: int, seq_len: int) -> int:
+        return 4 * cache.slots(seq_len, self.window) * self.kv_heads * self.head_dim
+
+    @classmethod
+    def example(cls) -> tuple["DifferentialAttention", BuildInfo]:
+        config = cls(num_heads=2, num_kv_heads=1, head_dim=8, window=24)
+        return config, BuildInfo(d_model=32, num_sub_layers=4, vocab_size=64)
+
+
+class DifferentialAttentionMixer(Mixer):
+    def __init__(self, config: DifferentialAttention, info: BuildInfo):
+        self.config = config
+        d, n, k, h = info.d_model, config.num_heads, config.kv_heads, config.head_dim
+        stream, keys = (("embed", d),), (shared_axis(k), k)
+        self.query = Linear(stream, ((None, 2), ("heads", n), ("head_dim", h)))
+        self.key = Linear(stream, ((None, 2), keys, ("head_dim", h)))
+        self.value = Linear(stream, (keys, ("head_dim", 2 * h)))
+        self.query_lambda = param((2, h), (None, None), normal(0.1), group="vector")
+        self.key_lambda = param((2, h), (None, None), normal(0.1), group="vector")
+        self.norm = RMSNorm(2 * h, eps=config.norm_eps) if config.norm_scale else None
+        out_init = fan_in(2 * n * h, scale=info.residual_scale)
+        self.output = Linear((("heads", n), ("head_dim", 2 * h)), stream, init=out_init)
+
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
+        q, k, v_BTKP = self._project(x_BTD, ctx)
+        options = {"segment_ids": ctx.segment_ids, "exchange": self.config.exchange, **self._options()}
+        maps = [ops.attention(ctx.rules, q[i], k[i], v_BTKP, **options) for i in (0, 1)]
+        return self._finish(*maps), {}
+
+    def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
+        config = self.config
+        count, keys = cache.slots(max_length, config.window), (config.kv_heads, config.head_dim)
+        value = (config.kv_heads, 2 * config.head_dim)
+        return cache.empty_cache(batch, count, dtype, first=keys, second=keys, value=value)
+
+    def step(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any]:
+        q, k, v_BTKP = self._project(x_BTD, ctx)
+        seen, kept = cache.extend(state, ctx, window=self.config.window, first=k[0], second=k[1], value=v_BTKP)
+        segments, positions = (ctx.segment_ids, seen["segment"]), (ctx.positions, seen["position"])
+        maps = [
+            mlt_kernels.attention(query, seen[name], seen["value"], segment_ids=segments, positions=positions, **self._options())
+            for query, name in zip(q, ("first", "second"), strict=True)
+        ]
+        return self._finish(*maps), kept
+
+    def _project(self, x_BTD, ctx):
+        """Queries and keys as pairs, and values."""
+        q_BT2NH, k_BT2KH, v_BTKP = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        q, k = ([x[:, :, i] for i in (0, 1)] for x in (q_BT2NH, k_BT2KH))
+        if self.config.rope_base is not None:
+            q, k = ([apply_rope(x, ctx.positions, base=self.config.rope_base) for x in pair] for pair in (q, k))
+        q, k = ([save_point(x, "attention_qkv") for x in pair] for pair in (q, k))
+        return q, k, save_point(v_BTKP, "attention_qkv")
+
+    def _options(self):
+        return {"window": self.config.window, "implementation": self.config.kernel}
+
+    def _finish(self, first_BTNP, second_BTNP):
+        first, second = (save_point(o, "attention_out").astype(jnp.float32) for o in (first_BTNP, second_BTNP))
+        plus, minus = jnp.exp(jnp.sum(self.query_lambda[...] * self.key_lambda[...], axis=-1))
+        difference = first - (plus - minus + self.config.lambda_init) * second
+        normed = rms_normalize(difference, eps=self.config.norm_eps) if self.norm is None else self.norm(difference)
+        normed = (1 - self.config.lambda_init) * normed
+        return self.output(normed.astype(first_BTNP.dtype))

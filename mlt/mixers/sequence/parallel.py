@@ -1,0 +1,100 @@
+"""Mixers side by side in one sub-layer: parallel attention and SSM heads as in Falcon-H1 (arXiv 2507.22448)."""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mlt.config.problems import Problem
+from mlt.mixers.base import Aux, BuildInfo, Context, Mixer, MixerConfig, SequenceMixerConfig
+from mlt.mixers.sequence.attention import Attention
+from mlt.mixers.sequence.mamba2 import Mamba2
+
+
+class Parallel(SequenceMixerConfig):
+    """y = sum over the mixers of output_scale * mixer(input_scale * x), all of one normed input.
+
+    Attributes:
+        mixers: the mixers; backends are named on them.
+        input_scales: a factor on the input of each; None means 1.
+        output_scales: a factor on the output of each; None means 1.
+    """
+
+    context: ClassVar[str] = "carry"
+
+    mixers: tuple[MixerConfig, ...]
+    input_scales: tuple[float, ...] | None = None
+    output_scales: tuple[float, ...] | None = None
+
+    def problems(self) -> Iterator[Problem]:
+        if not self.mixers:
+            yield Problem("mixers", (), "needs at least one mixer")
+        for name in ("input_scales", "output_scales"):
+            scales = getattr(self, name)
+            if scales is not None and len(scales) != len(self.mixers):
+                yield Problem(name, scales, f"must have one number for each of {len(self.mixers)} mixers")
+        for number, mixer in enumerate(self.mixers):
+            if not mixer.pre_norm:
+                yield Problem(f"mixers[{number}]", type(mixer).__name__, "norms its own input and cannot share a norm")
+        if self.kernel is not None:
+            yield Problem("kernel", self.kernel, "belongs to the mixers inside", "set it on one of `mixers`")
+
+    def build(self, info: BuildInfo) -> "ParallelMixer":
+        return ParallelMixer(self, info)
+
+    def flops_per_token(self, d_model: int, seq_len: int) -> float:
+        return sum(mixer.flops_per_token(d_model, seq_len) for mixer in self.mixers)
+
+    def state_size(self, d_model: int, seq_len: int) -> int:
+        return sum(mixer.state_size(d_model, seq_len) for mixer in self.mixers)
+
+    def inactive_params(self, d_model: int) -> int:
+        return sum(mixer.inactive_params(d_model) for mixer in self.mixers)
+
+    @classmethod
+    def example(cls) -> tuple["Parallel", BuildInfo]:
+        mixers = (Mamba2(num_heads=2, head_dim=8, state_dim=8), Attention(num_heads=2, head_dim=8))
+        return cls(mixers=mixers, output_scales=(0.5, 2.0)), BuildInfo(d_model=32, num_sub_layers=4, vocab_size=64)
+
+
+class ParallelMixer(Mixer):
+    def __init__(self, config: Parallel, info: BuildInfo):
+        self.config = config
+        self.mixers = nnx.List([mixer.build(info) for mixer in config.mixers])
+
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
+        outputs, aux = [], {}
+        for number, mixer in enumerate(self.mixers):
+            y_BTD, own = mixer(self._input(x_BTD, number), ctx)
+            outputs.append(y_BTD)
+            aux |= {f"{name}/{number}": value for name, value in own.items()}
+        return self._sum(outputs), aux
+
+    def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
+        return [mixer.init_state(batch, max_length, dtype) for mixer in self.mixers]
+
+    def step(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any]:
+        pairs = [
+            mixer.step(self._input(x_BTD, number), own, ctx)
+            for number, (mixer, own) in enumerate(zip(self.mixers, state, strict=True))
+        ]
+        return self._sum([y_BTD for y_BTD, _ in pairs]), [own for _, own in pairs]
+
+    def updated(self, aux: Aux) -> "ParallelMixer":
+        new = jax.tree.map(lambda leaf: leaf, self)
+        for number, mixer in enumerate(new.mixers):
+            end = f"/{number}"
+            new.mixers[number] = mixer.updated({name.removesuffix(end): v for name, v in aux.items() if name.endswith(end)})
+        return new
+
+    def _input(self, x_BTD, number):
+        scales = self.config.input_scales
+        return x_BTD if scales is None else x_BTD * scales[number]
+
+    def _sum(self, outputs):
+        scales = self.config.output_scales
+        if scales is not None:
+            outputs = [y_BTD * scale for y_BTD, scale in zip(outputs, scales, strict=True)]
+        return sum(outputs[1:], outputs[0])
