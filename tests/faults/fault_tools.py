@@ -21,9 +21,14 @@ class Command:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
 
-    def start(self, *words: object) -> subprocess.Popen:
+    def start(self, *words: object, **variables: object) -> subprocess.Popen:
+        """Start the command, with environment variables of its own besides."""
         line = [sys.executable, "-m", "mlt.cli", *map(str, words)]
-        return subprocess.Popen(line, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return self.start_python(line, variables)
+
+    def start_python(self, line: list[str], variables: dict[str, object]) -> subprocess.Popen:
+        environment = self.environment | {name: str(value) for name, value in variables.items()}
+        return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def __call__(self, *words: object) -> tuple[int, str]:
         """(exit code, everything it printed)."""

@@ -15,12 +15,13 @@ from mlt.optim.schedule import WarmupCosine
 from mlt.report.sinks import LogConfig
 
 
-def config(steps: int = 24, width: int = 32) -> RunConfig:
+def config(steps: int = 24, width: int = 32, plain: bool = False) -> RunConfig:
+    """`plain` leaves the attention block alone: for tests of many processes, each of which compiles."""
     delta, attention = GatedDelta(num_heads=2, key_dim=16), Attention(num_heads=2, head_dim=16)
     experts = MoE(num_experts=4, num_experts_per_token=2, d_ff=16)
     period = (Block(mixers=(delta, experts)), Block(mixers=(attention, SwiGLU(d_ff=32))))
     return RunConfig(
-        model=LMConfig(d_model=width, vocab_size=272, stack=Stack(period=period, repeats=1)),
+        model=LMConfig(d_model=width, vocab_size=272, stack=Stack(period=period[1:] if plain else period, repeats=1)),
         data=DataConfig(source=SyntheticText(num_documents=60), sequence_length=64, batch_size=4),
         train=TrainConfig(steps=steps, compute_dtype="float32"),
         optimizer=AdamW(learning_rate=3e-3),

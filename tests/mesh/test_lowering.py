@@ -24,7 +24,7 @@ def test_lowers_on_64_devices(path, platform):
     specs = describe_model(config)
     optimizer = build_optimizer(config, specs)
     state = abstract_state(specs, optimizer, rules)
-    options = step_options(config, rules)
+    options = step_options(config, rules, specs)
     batch = abstract_batch(rules, LAYOUT.batch_shards, 256)
     step = jit_train_step(state, optimizer, options)
     with dispatch.target_platform("gpu" if platform == "cuda" else "tpu"):

@@ -14,6 +14,7 @@ from mlt.mixers.sequence.bmojo import BMojo
 from mlt.mixers.sequence.gss import GSS
 from mlt.mixers.sequence.lmu import LMU, legendre_system
 from mlt.mixers.sequence.mamba import Mamba
+from mlt.mixers.sequence.mem_mamba import MemMamba
 from mlt.mixers.sequence.rg_lru import RGLRU, bounded_sqrt
 from mlt.mixers.sequence.s4d import S4D
 from mlt.mixers.sequence.s5 import LRU, S5
@@ -186,6 +187,19 @@ def bmojo(c, w, x):
     return linear(w, "output", out, 2)
 
 
+def mem_mamba(c, w, x):
+    notes = sigmoid(linear(w, "importance", x)) * linear(w, "note", x)
+    q, pool, read = linear(w, "query", x), [], []
+    for t in range(len(x)):
+        if t % c.block == c.block - 1:
+            pool.append(notes[t - c.block + 1 : t + 1].max(0))
+        pool = pool[-c.slots :]
+        keys, values = (linear(w, name, np.stack(pool)) if pool else np.zeros((1, *q.shape[1:])) for name in ("key", "value"))
+        read.append([softmax_read(q[t, n], keys[:, n], values[:, n]) for n in range(c.num_heads)])
+    read = linear(w, "fuse", np.array(read), 2)
+    return mamba(c.memory, under(w, "memory."), x + w["alpha"] * sigmoid(linear(w, "read_gate", x)) * read)
+
+
 CASES: list[tuple[Callable, SequenceMixerConfig]] = [
     (mamba, Mamba(state_dim=3)),
     (mamba, Mamba(state_dim=3, inner=16, step_rank=2, inner_norm=True, conv_bias=False)),
@@ -198,6 +212,7 @@ CASES: list[tuple[Callable, SequenceMixerConfig]] = [
     (lmu, LMU(order=6, window=20, num_inputs=2)),
     (bmojo, BMojo(num_heads=2, head_dim=4, num_kv_heads=1, window=5, interval=3, memory=RGLRU(num_heads=2))),
     (bmojo, BMojo(num_heads=2, head_dim=4, window=4, interval=None, memory=RGLRU(num_heads=2))),
+    (mem_mamba, MemMamba(memory=Mamba(state_dim=2), summary_dim=6, num_heads=2, slots=3, block=4)),
 ]
 
 
@@ -252,6 +267,13 @@ def test_a_convolution_refuses_what_it_cannot_compute():
     split = dataclasses.replace(ctx, rules=Layout(context=2).abstract_rules())
     with pytest.raises(UserError, match=r"mesh\.context = 2.*form='scan'"):
         mixer(x, split)
+
+
+def test_an_empty_read_leaves_the_base_recurrence_bit_for_bit():
+    mixer, (x, ctx) = described(MemMamba(memory=Mamba(state_dim=2), summary_dim=4, num_heads=2, block=4)), row(SIZES)
+    mixer.alpha[...] = jnp.zeros(1)
+    both = jax.jit(lambda x: (mixer(x, ctx)[0], mixer.memory(x, ctx)[0]))
+    np.testing.assert_array_equal(*both(x))
 
 
 def test_the_legs_spectrum_is_that_of_the_matrix():

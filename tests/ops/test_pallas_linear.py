@@ -180,8 +180,10 @@ def with_gradients(backend):
     return fn
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", LOWERED)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, jnp.bfloat16) for name in LOWERED), *((name, jnp.float32) for name in ("scalar", "vector", "tpu"))],
+)
 def test_programs_lower_for_devices_that_are_not_here(name, dtype):
     case, platform = LOWERED[name]
     kind, host, call = ("NVIDIA H200", "gpu", "triton") if platform == "cuda" else ("TPU v5e", "tpu", "tpu_custom_call")

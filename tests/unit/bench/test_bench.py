@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from mlt_kernels import dispatch
 
-from mlt.bench import floor, gate, measure, peers, rows
+from mlt.bench import floor, gate, measure, peers, rows, suites
 from mlt.bench.run import bench
 from mlt.errors import UserError
 
+STANDARD = suites.rows("std")
 ROOT = pathlib.Path(__file__).parents[3]
 
 
@@ -27,9 +28,8 @@ def tool(name):
     return module
 
 
-def small_delta(**changes):
-    sizes = {"B": 1, "T": 33, "H": 2, "K": 8, "V": 8, "C": 16, "dtype": jnp.float32} | changes
-    return rows.recurrence("small", "gated_delta", **sizes)
+def small_row():
+    return rows.convolution("small", B=1, T=33, D=8, dtype=jnp.float32)
 
 
 def test_costs_by_hand():
@@ -47,18 +47,18 @@ def test_costs_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("name", "suite", "milliseconds"),
+    ("name", "milliseconds"),
     [
-        ("gated delta B8 T4k H32 D128", "std", (0.252, 0.534)),
-        ("SSD B8 T2k H64 P64 N128", "std", (0.066, 0.154)),
-        ("RG-LRU B8 T4k E4096", "std", (0.187, 0.312)),
-        ("attention B8 T2k N32 H128", "std", (0.348, 0.870)),
-        ("cross-entropy T8k D2048 V131072", "std", (5.567, 16.70)),
+        ("gated delta B8 T4k H32 D128", (0.252, 0.534)),
+        ("SSD B8 T2k H64 P64 N128", (0.066, 0.154)),
+        ("RG-LRU B8 T4k E4096", (0.187, 0.312)),
+        ("attention B8 T2k N32 H128", (0.348, 0.870)),
+        ("cross-entropy T8k D2048 V131072", (5.567, 16.70)),
     ],
 )
-def test_floors_of_published_shapes(name, suite, milliseconds):
+def test_floors_of_published_shapes(name, milliseconds):
     """H200, computed independently from the shapes."""
-    (row,) = [row for row in rows._accelerator(suite) if row.name == name]
+    (row,) = [row for row in STANDARD if row.name == name]
     found = [1e3 * floor.seconds(cost, floor.KNOWN["H200"])[0] for cost in row.costs()]
     assert found == pytest.approx(milliseconds, rel=0.01)
 
@@ -66,11 +66,11 @@ def test_floors_of_published_shapes(name, suite, milliseconds):
 def test_every_op_has_rows():
     for suite in ("cpu", "std"):
         with_cases = {op for op in dispatch.ops() if (ROOT / "kernels" / "mlt_kernels" / op / "cases.py").exists()}
-        assert with_cases <= {row.op for row in rows.rows(suite)}
+        assert with_cases <= {row.op for row in suites.rows(suite)}
 
 
 def test_a_right_backend_passes_and_a_wrong_one_has_no_time():
-    row = small_delta()
+    row = small_row()
     (right,) = measure.gated(row, ["chunked"])
     assert right.why == ""
     assert 0 < right.error < 1e-5
@@ -94,7 +94,7 @@ def test_padding_is_left_out_of_the_comparison_but_must_be_finite():
 
 
 def test_a_peer_that_differs_has_no_time():
-    row = small_delta()
+    row = small_row()
 
     def make(factor):
         return lambda row: lambda a: factor * row.call(a, implementation="reference")
@@ -130,12 +130,12 @@ def test_bench_prints_error_time_and_floor():
 
 def test_the_gpu_plan_needs_no_gpu():
     script = tool("bench_gpu")
-    words = script.argparse.Namespace(suite=["small"], only=["RG-LRU", "experts"])
+    words = script.argparse.Namespace(suite=["small"], only=["RG-LRU"])
     said = []
     assert script.dry_run(words, said.append)
     text = "\n".join(said)
     assert "mlt chunked: lowers" in text
-    assert "peer lax.ragged_dot" in text
+    assert "peer fla chunk_hgrn" in text
     assert "floor 0.047" in text
 
 
@@ -148,7 +148,7 @@ def test_the_gpu_script_refuses_to_run_without_a_gpu():
 
 def test_a_record_becomes_a_line():
     script = tool("bench_gpu")
-    row = small_delta()
+    row = small_row()
     ours = measure.Measured(row, "mlt chunked", error=1e-6, forward=2e-3, both=6e-3)
     peer = measure.Measured(row, "theirs", error=1e-6, forward=4e-3, both=8e-3)
     failed = measure.Measured(row, "broken", why="ImportError: no")

@@ -1,0 +1,29 @@
+"""A step that hangs ends the process, with the stacks of its threads on the disk."""
+
+import queue
+import time
+
+from mlt.train.watchdog import Watchdog
+
+
+def test_a_hang_ends_the_process_and_shows_where(tmp_path):
+    told, ended = queue.Queue(), queue.Queue()
+    path = tmp_path / "logs" / "stacks-0.txt"
+    with Watchdog(1.0, path, tell=lambda code, reason: told.put(code), end=ended.put) as watchdog:
+        watchdog.progress("step 7")
+        verdict = ended.get(timeout=20)
+    assert told.get(timeout=5) == 70
+    assert verdict.code == 70
+    assert "no progress for 1 s in step 7" in verdict.text
+    assert "test_a_hang_ends_the_process_and_shows_where" in path.read_text()
+
+
+def test_progress_keeps_it_quiet_and_leaves_nothing(tmp_path):
+    ended = queue.Queue()
+    path = tmp_path / "stacks-0.txt"
+    with Watchdog(1.0, path, tell=lambda code, reason: None, end=ended.put) as watchdog:
+        for step in range(15):
+            watchdog.progress(f"step {step}")
+            time.sleep(0.1)
+    assert ended.empty()
+    assert not path.exists()
