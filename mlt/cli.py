@@ -168,6 +168,21 @@ def bench(op: str | None, backends: tuple[str, ...], suite: str | None) -> None:
         sys.exit(1)
 
 
+@cli.command()
+@config_argument
+@click.option("--on", "site", required=True, type=click.Path(path_type=Path), help="TOML file of the site: launch/*.toml.")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run lives; by default below the site's `runs`.")
+@click.option("--dry-run", is_flag=True, help="Print the exact job, and write nothing.")
+@config_options
+def launch(config: Path, site: Path, run_dir: Path | None, dry_run: bool, args: tuple[str, ...], sets: tuple[str, ...]) -> None:
+    """Start or resume a run elsewhere: in processes of this machine, on SLURM or on Kubernetes."""
+    loaded = _load(config, args, sets)
+    from mlt.launch.run import launch
+
+    if code := launch(loaded, config, site, run_dir, dry_run=dry_run, say=click.echo):
+        sys.exit(code)
+
+
 def _load(path: Path, args: tuple[str, ...], sets: tuple[str, ...]):
     """The config, its rules not checked yet: `check_run` reports them together with those between sections."""
     from mlt.config.load import load_config

@@ -1,4 +1,6 @@
-"""The failures a user meets, apart from bugs."""
+"""The failures a user meets, apart from bugs, and the codes the command exits with."""
+
+EXIT_FAILED, EXIT_USER, EXIT_LOST, EXIT_PREEMPTED = 1, 2, 70, 75
 
 
 class UserError(Exception):
@@ -10,6 +12,10 @@ class UserError(Exception):
 
 class RunFailed(Exception):
     """The run cannot go on, through no fault of the command line. The command prints the message and exits with 1."""
+
+
+class PeerLost(Exception):
+    """Another process of the run died or cannot be reached. The command prints the message and exits with 70."""
 
 
 class Preempted(Exception):

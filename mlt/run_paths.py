@@ -14,7 +14,7 @@ class RunPaths:
     config.yaml     the resolved config             metrics.jsonl   one row of metrics a line
     plan.txt        the printed plan                samples.jsonl   texts drawn on the way
     checkpoints/    <step>/{state,data,meta}        report.html     the page made of all of these
-    logs/           of launchers and profilers      run.lock        held by the process that trains here
+    logs/           of processes and launchers      run.lock        held by the process that trains here
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -27,6 +27,14 @@ class RunPaths:
         self.report_path = self.path / "report.html"
         self.logs_path = self.path / "logs"
         self.lock_path = self.path / "run.lock"
+
+    def process_log_path(self, index: int) -> Path:
+        """What process `index` of several has to say; process 0 says it on the terminal."""
+        return self.logs_path / f"process-{index}.log"
+
+    def stacks_path(self, index: int) -> Path:
+        """Where process `index` writes the stacks of its threads when it hangs."""
+        return self.logs_path / f"stacks-{index}.txt"
 
     def in_use(self) -> bool:
         """Tell whether a process trains here now, as far as the file system knows."""

@@ -38,7 +38,7 @@ def temporary_bytes(length: int, shards: int) -> int:
     optimizer = build_optimizer(config, specs)
     rules = Layout(context=shards, attention="zigzag").rules(jax.devices()[:shards])
     state, batch = abstract_state(specs, optimizer, rules), abstract_batch(rules, 1, length)
-    compiled = jit_train_step(state, optimizer, step_options(config, rules)).trace(state, batch).lower().compile()
+    compiled = jit_train_step(state, optimizer, step_options(config, rules, specs)).trace(state, batch).lower().compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 

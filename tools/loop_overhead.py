@@ -62,7 +62,7 @@ def measure(config: RunConfig, rounds: int) -> tuple[list[float], list[float]]:
             done = steps // 2  # a save falls into the middle of each round, and its writing into the same round
             for _ in range(rounds + 1):
                 ahead = open_loader(config.data, setup.corpus, first_step=done)
-                batches = [jax.device_put(next(ahead), loop.sharding) for _ in range(steps)]
+                batches = [loop.feed(next(ahead)) for _ in range(steps)]
                 ahead.close()
                 started = time.perf_counter()
                 for batch in batches:

@@ -206,6 +206,8 @@ class Checkpointer:
 
 def _own(array: jax.Array) -> jax.Array:
     """Copy what already is in host memory: it would be written from the very buffer the next step is given."""
-    if in_host_memory(array):
-        return jax.device_put(array, array.sharding, may_alias=False)
-    return array
+    if not in_host_memory(array):
+        return array
+    # Shard by shard: copying the whole of an array that several processes hold would be a compiled program of its own.
+    shards = [jax.device_put(shard.data, shard.data.sharding, may_alias=False) for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)

@@ -25,6 +25,9 @@ class TrainConfig(Config):
         clip_norm: global gradient norm above which gradients are scaled down; None never clips.
         z_loss: weight of the squared log-partition in the loss.
         seed: of initialization and samples.
+        start_timeout_seconds: how long the processes of a run wait for each other to start.
+        peer_timeout_seconds: silence after which a process counts as lost; the others then end.
+        hang_timeout_seconds: how long a step, an evaluation or a save may take before the run ends; None never ends it.
     """
 
     steps: int
@@ -33,6 +36,9 @@ class TrainConfig(Config):
     clip_norm: float | None = 1.0
     z_loss: float = 0.0
     seed: int = 0
+    start_timeout_seconds: float = 300.0
+    peer_timeout_seconds: float = 300.0
+    hang_timeout_seconds: float | None = 1800.0
 
     def problems(self) -> Iterator[Problem]:
         for name in ("steps", "grad_accumulation"):
@@ -44,6 +50,10 @@ class TrainConfig(Config):
             yield Problem("z_loss", self.z_loss, "must not be negative")
         if not 0 <= self.seed < 2**32:
             yield Problem("seed", self.seed, "must lie in [0, 2^32)")
+        for name in ("start_timeout_seconds", "peer_timeout_seconds", "hang_timeout_seconds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield Problem(name, value, "must be at least 1")
 
 
 class CheckpointConfig(Config):

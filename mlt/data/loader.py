@@ -52,20 +52,20 @@ class TrainingRows:
 
 
 class _HostRows:
-    """What one host reads: its slice of the rows of each global batch. A random-access source for Grain."""
+    """What one host reads: the same places of each global batch. A random-access source for Grain."""
 
-    def __init__(self, rows: TrainingRows, *, first_row: int, batch_size: int, host_index: int, host_count: int):
+    def __init__(self, rows: TrainingRows, *, first_row: int, batch_size: int, places: Sequence[int]):
         self._rows = rows
+        self._first_row = first_row
         self._batch_size = batch_size
-        self._local_size = batch_size // host_count
-        self._start = first_row + host_index * self._local_size
+        self._places = places
 
     def __len__(self) -> int:
         return _LAST_ROW
 
     def __getitem__(self, index: int) -> Row:
-        step, place = divmod(index, self._local_size)
-        return self._rows[self._start + step * self._batch_size + place]
+        step, place = divmod(index, len(self._places))
+        return self._rows[self._first_row + step * self._batch_size + self._places[place]]
 
 
 class Loader(Iterator[Batch]):
@@ -75,27 +75,21 @@ class Loader(Iterator[Batch]):
         last_wait_seconds: how long the last `next` waited for its batch.
     """
 
-    def __init__(self, config: DataConfig, corpus: Corpus, *, first_row: int, host_index: int, host_count: int):
+    def __init__(self, config: DataConfig, corpus: Corpus, *, first_row: int, places: Sequence[int]):
         import grain  # takes most of a second, so only where batches are read
 
         self._identity = _identity(config, corpus)
         self._config = config
         self._next_row = first_row
         self.last_wait_seconds = 0.0
-        rows = _HostRows(
-            TrainingRows(config, corpus),
-            first_row=first_row,
-            batch_size=config.batch_size,
-            host_index=host_index,
-            host_count=host_count,
-        )
-        batches = grain.MapDataset.source(rows).batch(config.batch_size // host_count)
+        rows = _HostRows(TrainingRows(config, corpus), first_row=first_row, batch_size=config.batch_size, places=places)
+        batches = grain.MapDataset.source(rows).batch(len(places))
         ahead = config.prefetch_batches
         options = grain.ReadOptions(num_threads=min(ahead, 2), prefetch_buffer_size=ahead)
         self._batches = iter(batches.to_iter_dataset(options))
 
     def __next__(self) -> Batch:
-        """The next batch: tokens, targets, segment_ids, positions int32, weights float32; (B / hosts, T)."""
+        """The next batch: tokens, targets, segment_ids, positions int32, weights float32; (places, T)."""
         started = time.perf_counter()
         batch = next(self._batches)
         self.last_wait_seconds = time.perf_counter() - started
@@ -120,18 +114,20 @@ def open_loader(
     state: Mapping[str, Any] | None = None,
     host_index: int = 0,
     host_count: int = 1,
+    places: Sequence[int] | None = None,
 ) -> Loader:
     """Opens the training batches at global batch `first_step`, or where the loader that gave `state` stood.
 
     The concatenation of the hosts' batches is the same global batch for any `host_count` that divides
-    batch_size. A state may be taken up with another batch_size or sequence_length: reading goes on at the
-    same token. (Where rows are shuffled and sequence_length changes, rows of the block at hand can come twice
-    or not at all.) Raises UserError if the hosts do not divide the batch, or the state belongs to another
-    stream.
+    batch_size. Where hosts do not hold equal slices, `places` says which rows of each global batch this one
+    reads, instead of `host_index` and `host_count`. A state may be taken up with another batch_size or
+    sequence_length: reading goes on at the same token. (Where rows are shuffled and sequence_length changes,
+    rows of the block at hand can come twice or not at all.) Raises UserError if the hosts do not divide the
+    batch, or the state belongs to another stream.
     """
-    _check_hosts(config, host_index, host_count)
+    places = _slice(config, host_index, host_count) if places is None else places
     first_row = first_step * config.batch_size if state is None else _row_of_state(state, config, corpus)
-    return Loader(config, corpus, first_row=first_row, host_index=host_index, host_count=host_count)
+    return Loader(config, corpus, first_row=first_row, places=places)
 
 
 def validation_batches(
@@ -141,21 +137,21 @@ def validation_batches(
     max_rows: int | None = None,
     host_index: int = 0,
     host_count: int = 1,
+    places: Sequence[int] | None = None,
 ) -> Sequence[Batch]:
     """The held-out documents as batches of the training shape, made when indexed; none if none is held out.
 
     One pass in document order, source after source; rows are padded at the end of a source and batches at the
-    end. `max_rows` takes that many rows spread evenly over all of them.
+    end. `max_rows` takes that many rows spread evenly over all of them. `places`: as for `open_loader`.
     """
-    _check_hosts(config, host_index, host_count)
-    return _ValidationBatches(config, corpus, max_rows=max_rows, host_index=host_index, host_count=host_count)
+    places = _slice(config, host_index, host_count) if places is None else places
+    return _ValidationBatches(config, corpus, max_rows=max_rows, places=places)
 
 
 class _ValidationBatches(Sequence[Batch]):
-    def __init__(self, config: DataConfig, corpus: Corpus, *, max_rows: int | None, host_index: int, host_count: int):
+    def __init__(self, config: DataConfig, corpus: Corpus, *, max_rows: int | None, places: Sequence[int]):
         self._batch_size = config.batch_size
-        self._local_size = config.batch_size // host_count
-        self._offset = host_index * self._local_size
+        self._local = places
         pad_id = corpus.tokenizer.pad_id
         self._padding = padding_row(config.sequence_length, pad_id)
         self._sources = [
@@ -167,21 +163,25 @@ class _ValidationBatches(Sequence[Batch]):
             )
             for source in corpus.sources
         ]
-        places = [(source, row) for source, rows in enumerate(self._sources) for row in range(len(rows))]
-        if max_rows is not None and max_rows < len(places):
-            places = [places[index * len(places) // max_rows] for index in range(max_rows)]
-        self._places = places
+        found = [(source, row) for source, rows in enumerate(self._sources) for row in range(len(rows))]
+        if max_rows is not None and max_rows < len(found):
+            found = [found[index * len(found) // max_rows] for index in range(max_rows)]
+        self._found = found
 
     def __len__(self) -> int:
-        return -(-len(self._places) // self._batch_size)
+        return -(-len(self._found) // self._batch_size)
 
     def __getitem__(self, index: int) -> Batch:  # pyright: ignore[reportIncompatibleMethodOverride]
         if not 0 <= index < len(self):
             raise IndexError(index)
-        first = index * self._batch_size + self._offset
-        rows = [self._sources[source][row] for source, row in self._places[first : first + self._local_size]]
-        rows += [self._padding] * (self._local_size - len(rows))
+        rows = [self._row(index * self._batch_size + place) for place in self._local]
         return {name: np.stack([row[name] for row in rows]) for name in self._padding}
+
+    def _row(self, index: int) -> Row:
+        if index >= len(self._found):
+            return self._padding
+        source, row = self._found[index]
+        return self._sources[source][row]
 
 
 def _slots(config: DataConfig) -> tuple[int, ...]:
@@ -229,7 +229,8 @@ def _row_of_state(state: Mapping[str, Any], config: DataConfig, corpus: Corpus) 
     return row
 
 
-def _check_hosts(config: DataConfig, host_index: int, host_count: int) -> None:
+def _slice(config: DataConfig, host_index: int, host_count: int) -> range:
+    """Places of one of `host_count` equal slices of a batch."""
     if not 0 <= host_index < host_count:
         raise ValueError(f"host_index={host_index} is not in [0, {host_count})")
     if config.batch_size % host_count:
@@ -239,3 +240,5 @@ def _check_hosts(config: DataConfig, host_index: int, host_count: int) -> None:
             f"data.batch_size={config.batch_size} cannot be split over {host_count} hosts: it must be a "
             f"multiple of the number of hosts. Nearest: {nearest}."
         )
+    size = config.batch_size // host_count
+    return range(host_index * size, (host_index + 1) * size)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
@@ -10,6 +11,7 @@ from mlt.config.base import Config
 from mlt.config.problems import Problem
 from mlt.errors import UserError
 from mlt.parallel.carry import Exchange
+from mlt.parallel.devices import arrange
 from mlt.parallel.ring import Strategy
 from mlt.parallel.rules import Rules
 
@@ -29,6 +31,8 @@ class Layout(Config):
         carry: how states of recurrences cross sequence shards: "gather", "permute" or "ring" (`parallel/carry.py`).
         attention: what of attention crosses sequence shards: "gather", "window", "ring", "zigzag" or "heads"
             (`parallel/ring.py`); None takes, for each layer, what moves least.
+        zero: what `fsdp` splits (ZeRO, arXiv 1910.02054): 3 parameters, gradients and optimizer state; 2 gradients and
+            optimizer state; 1 the optimizer state alone.
     """
 
     replica: int = 1
@@ -38,6 +42,7 @@ class Layout(Config):
     expert: int = 1
     carry: Exchange = "gather"
     attention: Strategy | None = None
+    zero: Literal[1, 2, 3] = 3
 
     @property
     def num_devices(self) -> int:
@@ -66,11 +71,11 @@ class Layout(Config):
         Raises:
             UserError: the product of the degrees is not the number of devices.
         """
-        return Rules(self.build(devices), carry=self.carry, attention=self.attention)
+        return Rules(self.build(devices), carry=self.carry, attention=self.attention, zero=self.zero)
 
     def abstract_rules(self) -> Rules:
         """The layout on a mesh without devices."""
-        return Rules(self.abstract(), carry=self.carry, attention=self.attention)
+        return Rules(self.abstract(), carry=self.carry, attention=self.attention, zero=self.zero)
 
     def build(self, devices: list[jax.Device] | None = None) -> Mesh:
         """The mesh over `devices` (default: all there are).
@@ -86,4 +91,4 @@ class Layout(Config):
                 f"are here; the product must equal {len(devices)}, for instance --set mesh.fsdp={len(devices)}"
             )
         kinds = (AxisType.Auto,) * len(AXES)
-        return jax.make_mesh(tuple(self.shape().values()), AXES, axis_types=kinds, devices=devices)
+        return Mesh(arrange(devices, self.shape()), AXES, axis_types=kinds)

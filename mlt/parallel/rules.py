@@ -35,11 +35,14 @@ class Rules:
         mesh: the devices.
         carry: how states of recurrences cross sequence shards (`carry.EXCHANGES`).
         attention: what of attention crosses sequence shards (`ring.STRATEGIES`); None takes what moves least.
+        zero: what `fsdp` splits: 3 parameters, gradients and optimizer state, 2 the last two, 1 the optimizer state alone.
+            Sparse tables are always split.
     """
 
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None
     carry: str = "gather"
     attention: str | None = None
+    zero: int = 3
 
     def exchanging(self, how: str) -> "Rules":
         """The same layout for a layer that crosses sequence shards in a way of its own, whichever kind of layer it is."""
@@ -83,7 +86,7 @@ class Rules:
         return jax.lax.with_sharding_constraint(x, self.sharding(axes))
 
     def param_shardings(self, module: Any) -> Any:
-        """The tree of shardings of a described module.
+        """The tree of shardings of a described module's parameters.
 
         Raises:
             UserError: a parameter's size does not divide by the shards of its axis; every such size is listed.
@@ -94,6 +97,13 @@ class Rules:
         if problems:
             lines = [f"  mesh.{axes} = {shards}: {rule}; {ways}" for axes, shards, rule, ways in problems]
             raise UserError("the model does not fit this mesh:\n" + "\n".join(lines))
+        whole = () if self.zero == 3 else ("embed",)
+        return jax.tree.map(lambda spec: self.sharding(tuple(None if a in whole else a for a in spec.axes)), module)
+
+    def gradient_shardings(self, module: Any) -> Any | None:
+        """The tree of shardings of a described module's gradients where they lie elsewhere than the parameters; or None."""
+        if self.mesh is None or self.zero != 2:
+            return None
         return jax.tree.map(lambda spec: self.sharding(spec.axes), module)
 
     def indivisible(self, module: Any) -> list[tuple[str, int, str, str]]:

@@ -1,6 +1,9 @@
 """What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere."""
 
+import logging
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -9,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class RunConsole:
     """Prints messages, the bar and one line per logged step."""
 
-    def __init__(self, total_steps: int):
-        self.console = Console(highlight=False, soft_wrap=True)
+    def __init__(self, total_steps: int, file: TextIO | None = None):
+        self.console = Console(highlight=False, soft_wrap=True, file=file)
         self.total = total_steps
         self.progress: Progress | None = None
         self.task = None
@@ -48,3 +51,15 @@ class RunConsole:
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
+
+
+def open_console(total_steps: int, *, process: int, log_path: Path) -> RunConsole:
+    """The terminal for process 0; for any other process of a run a file, which then takes its warnings as well."""
+    if process == 0:
+        return RunConsole(total_steps)
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    file = log_path.open("a", buffering=1)
+    logger = logging.getLogger("mlt")
+    logger.addHandler(logging.StreamHandler(file))
+    logger.propagate = False
+    return RunConsole(total_steps, file)

@@ -10,7 +10,9 @@ import numpy as np
 
 from mlt.data.loader import validation_batches
 from mlt.model.lm import LM
+from mlt.train.feed import Feed
 from mlt.train.setup import Setup
+from mlt.train.state import abstract_batch
 from mlt.train.step import eval_step
 
 
@@ -35,25 +37,25 @@ class Evaluator:
 
     def __init__(self, setup: Setup):
         config = setup.config
-        self.sharding = setup.rules.sharding(("batch", "seq"))
-        self.batches = list(validation_batches(config.data, setup.corpus, max_rows=config.evaluation.max_rows))
+        data, max_rows = config.data, config.evaluation.max_rows
+        self.feed = Feed(setup.rules, data.batch_size, data.sequence_length)
+        self.shapes = abstract_batch(setup.rules, data.batch_size, data.sequence_length)
+        self.batches = list(validation_batches(data, setup.corpus, max_rows=max_rows, places=self.feed.places))
         token_bytes = setup.corpus.tokenizer.token_bytes()
-        counted = [token_bytes[batch["targets"]] * (batch["weights"] > 0) for batch in self.batches]
-        self.num_bytes = int(sum(part.sum() for part in counted))
+        whole = validation_batches(data, setup.corpus, max_rows=max_rows)
+        self.num_bytes = sum(int((token_bytes[batch["targets"]] * (batch["weights"] > 0)).sum()) for batch in whole)
         self.step = jax.jit(functools.partial(eval_step, options=setup.options))
 
     def compile(self, model: Any) -> None:
         """Compile for an abstract or real model, so that the first evaluation does not wait."""
-        if not self.batches:
-            return
-        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding), self.batches[0])
-        self.step = self.step.lower(model, batch).compile()
+        if self.batches:
+            self.step = self.step.lower(model, self.shapes).compile()
 
     def __call__(self, model: LM) -> EvalResult | None:
         """None where no documents are held out."""
         if not self.batches:
             return None
-        sums = [self.step(model, jax.device_put(batch, self.sharding)) for batch in self.batches]
+        sums = [self.step(model, self.feed(batch)) for batch in self.batches]
         nats = float(np.sum([np.asarray(s["nats"], np.float64) for s in sums]))
         weight = float(np.sum([np.asarray(s["weight"], np.float64) for s in sums]))
         return EvalResult(nats / weight, nats / math.log(2) / max(self.num_bytes, 1), int(weight))

@@ -21,56 +21,75 @@ from mlt.config.dump import config_hash, diff, from_yaml, to_yaml
 from mlt.config.run import RunConfig
 from mlt.data.loader import Loader, open_loader
 from mlt.errors import Preempted, RunFailed, UserError
-from mlt.parallel.rules import Rules
+from mlt.parallel.devices import split_axes
 from mlt.plan.text import plan_text
-from mlt.report.console import RunConsole
+from mlt.report.console import RunConsole, open_console
 from mlt.report.page import write_report
 from mlt.report.sinks import open_sinks
 from mlt.train.clock import Clock
+from mlt.train.distributed import agree_on, first_says, joined, meet
 from mlt.train.evaluate import Evaluator
+from mlt.train.peers import ALONE, Alone
+from mlt.train.processes import Processes
 from mlt.train.run_directory import RunDirectory
 from mlt.train.sample import draw_text
 from mlt.train.setup import Setup, prepare
 from mlt.train.signals import StopRequest
 from mlt.train.state import TrainState, abstract_batch, abstract_state, create_state
 from mlt.train.step import jit_train_step
+from mlt.train.watchdog import Watchdog
 
 STEPS_IN_FLIGHT = 2
 
 
-def train(config: RunConfig, run_dir: Path) -> None:
+def train(config: RunConfig, run_dir: Path, processes: Processes | None = None) -> None:
     """Start a run, or resume what `run_dir` holds.
+
+    Args:
+        config: what to train.
+        run_dir: where the run lives; the same directory for all its processes.
+        processes: this process's place among those of the run; None where it is the only one.
 
     Raises:
         UserError: the config, data, mesh or directory is wrong; nothing has been written then.
         Preempted: a signal asked to stop; the state is saved.
+        PeerLost: another process died.
     """
     check_run(config)
-    rules = Rules(config.mesh.build())
-    directory = RunDirectory(run_dir)
-    with StopRequest() as stop, directory.lock():
-        directory.check_config(to_yaml(config), lambda old, new: diff(from_yaml(old), from_yaml(new)))
-        console = RunConsole(config.train.steps)
-        setup = prepare(config, rules)
-        console.say(setup.corpus.describe())
-        Loop(setup, directory, console, stop).run()
+    with joined(processes, config) as peers:
+        rules = config.mesh.rules()
+        directory = RunDirectory(run_dir)
+        with StopRequest() as stop, directory.lock():
+            directory.check_config(to_yaml(config), lambda old, new: diff(from_yaml(old), from_yaml(new)))
+            meet("run directory")
+            log_path = directory.process_log_path(peers.index)
+            console = open_console(config.train.steps, process=peers.index, log_path=log_path)
+            setup = prepare(config, rules)
+            console.say(setup.corpus.describe())
+            agree_on("the corpus", setup.corpus.hash)
+            Loop(setup, directory, console, stop, peers).run()
 
 
 class Loop:
     """One process's part in a run."""
 
-    def __init__(self, setup: Setup, directory: RunDirectory, console: RunConsole, stop: StopRequest):
+    def __init__(self, setup: Setup, directory: RunDirectory, console: RunConsole, stop: StopRequest, peers: Alone = ALONE):
         self.setup, self.config = setup, setup.config
-        self.directory, self.console, self.stop = directory, console, stop
-        self.sharding = setup.rules.sharding(("batch", "seq"))
+        self.directory, self.console, self.stop, self.peers = directory, console, stop, peers
         self.evaluator = Evaluator(setup)
+        self.feed = self.evaluator.feed
 
     def run(self) -> None:
         abstract = abstract_state(self.setup.specs, self.setup.optimizer, self.setup.rules)
         plan = plan_text(self.config, self.setup.specs)
         self.directory.write_config(to_yaml(self.config))
-        self.directory.plan_path.write_text(plan)
+        if self.peers.index == 0:
+            self.directory.plan_path.write_text(plan)
         self.console.say(plan)
+        mesh = self.setup.rules.mesh
+        if self.peers.count > 1 and isinstance(mesh, jax.sharding.Mesh):
+            crossing = ", ".join(split_axes(mesh.devices, mesh.axis_names))
+            self.console.say(f"processes    {self.peers.count}; between machines: {crossing}")
         with Checkpointer(self.directory.checkpoints_path, keep=self.config.checkpoint.keep) as checkpointer:
             self.checkpointer = checkpointer
             self._train(self._restore(abstract), abstract)
@@ -89,14 +108,20 @@ class Loop:
             self.compile_evaluation = functools.cache(lambda: pool.submit(self.evaluator.compile, abstract.model))
             if restored is None:
                 state = create_state(self.setup.specs, self.setup.optimizer, self.setup.rules, self.config.train.seed)
-                loader = open_loader(self.config.data, self.setup.corpus)
             else:
                 state = restored.state
-                loader = open_loader(self.config.data, self.setup.corpus, state=restored.data)
+            # A new run has read no data yet, nor has an imported model.
+            position = None if restored is None else restored.data or None
+            loader = open_loader(self.config.data, self.setup.corpus, state=position, places=self.feed.places)
             self._finish(self.steps(step_fn, state, first, steps, loader))
 
     def steps(self, step_fn: Any, state: TrainState, first: int, last: int, loader: Loader) -> TrainState:
         """Steps first + 1 to last with everything around them; leaves with `Preempted` when asked to stop."""
+        stacks_path, limit = self.directory.stacks_path(self.peers.index), self.config.train.hang_timeout_seconds
+        with Watchdog(limit, stacks_path, tell=self.peers.leave) as self.watchdog:
+            return self._steps(step_fn, state, first, last, loader)
+
+    def _steps(self, step_fn: Any, state: TrainState, first: int, last: int, loader: Loader) -> TrainState:
         config, steps = self.config, self.config.train.steps
         clock = Clock(self.setup.tokens_per_step)
         in_flight: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
@@ -105,9 +130,10 @@ class Loop:
         clock.reset(first)
         try:
             for step in range(first + 1, last + 1):
+                self.watchdog.progress(f"step {step}")
                 batch = next(loader)
                 clock.waited(loader.last_wait_seconds)
-                state, metrics = step_fn(state, jax.device_put(batch, self.sharding))
+                state, metrics = step_fn(state, self.feed(batch))
                 # The device works on this step while the host logs the one before.
                 if pending is not None:
                     self._log(*pending, clock)
@@ -119,9 +145,9 @@ class Loop:
                     self._check_finite(*in_flight.popleft())
                 if step % config.log.every_steps == 0 or step in (1, steps):
                     pending = (step, metrics)
-                stopping = self.stop.name is not None
+                self.stopping = self.peers.stop_after(step, self.stop.name)
                 pausing = step % config.evaluation.every_steps == 0 or step == steps
-                saving = step % config.checkpoint.every_steps == 0 or step == steps or stopping
+                saving = step % config.checkpoint.every_steps == 0 or step == steps or self.stopping is not None
                 if (pausing or saving) and pending is not None:
                     self._log(*pending, clock)
                     pending = None
@@ -129,10 +155,12 @@ class Loop:
                     self._check_finite(*in_flight.popleft())
                 # Evaluated before it is saved: a kill in between repeats both, one after it loses neither.
                 if pausing:
+                    self.watchdog.progress(f"the evaluation after step {step}")
                     self._evaluate(step, state)
                 if saving:
+                    self.watchdog.progress(f"the checkpoint of step {step}")
                     self._save(step, state, loader.state())
-                if stopping and step < steps:
+                if self.stopping is not None and step < steps:
                     self._leave(step)
                 if pausing or saving:
                     clock.reset(step)
@@ -173,7 +201,7 @@ class Loop:
             self.checkpointer.save(step, state, data=data, meta=meta)
         except CheckpointError as error:
             # A full disk costs this checkpoint, not the run; the last one must be on the disk.
-            if step == self.config.train.steps or self.stop.name is not None:
+            if step == self.config.train.steps or self.stopping is not None:
                 raise
             self.console.say(f"warning: {error}")
 
@@ -214,13 +242,14 @@ class Loop:
 
     def _sample(self, step: int, state: TrainState) -> None:
         sample = self.config.sample
-        if sample.tokens == 0 or step in self._sampled_steps():
+        if sample.tokens == 0 or first_says(step in self._sampled_steps()):
             return
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), step)
         options = {"tokens": sample.tokens, "temperature": sample.temperature, "key": key}
         text = draw_text(self.config, state.model, self.setup.rules, sample.prompt, **options)
-        with self.directory.samples_path.open("a") as file:
-            file.write(json.dumps({"step": step, "prompt": sample.prompt, "text": text}) + "\n")
+        if self.peers.index == 0:
+            with self.directory.samples_path.open("a") as file:
+                file.write(json.dumps({"step": step, "prompt": sample.prompt, "text": text}) + "\n")
         self.console.say(f"--- sample after {step} steps ---\n{sample.prompt}{text}\n---")
 
     def _sampled_steps(self) -> set[int]:
@@ -229,11 +258,13 @@ class Loop:
 
     def _leave(self, step: int) -> None:
         self.checkpointer.wait()
-        raise Preempted(f"{self.stop.name}: saved step {step} in {self.directory.checkpoints_path}; the same command resumes")
+        raise Preempted(f"{self.stopping}: saved step {step} in {self.directory.checkpoints_path}; the same command resumes")
 
     def _finish(self, state: TrainState) -> None:
         self._sample(self.config.train.steps, state)
         self.checkpointer.wait()
+        if self.peers.index != 0:
+            return
         try:
             write_report(self.directory.path)
         except UserError as error:
@@ -260,4 +291,5 @@ class Loop:
             "system": platform.platform(),
             "device": device.device_kind,
             "num_devices": jax.device_count(),
+            "num_processes": self.peers.count,
         }

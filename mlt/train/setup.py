@@ -43,7 +43,7 @@ class Setup:
         return sum(len(source.tokens) for source in self.corpus.sources) / self.corpus.bytes_read
 
 
-def step_options(config: RunConfig, rules: Rules) -> StepOptions:
+def step_options(config: RunConfig, rules: Rules, specs: LM) -> StepOptions:
     return StepOptions(
         rules=rules,
         remat=config.remat,
@@ -51,6 +51,7 @@ def step_options(config: RunConfig, rules: Rules) -> StepOptions:
         grad_accumulation=config.train.grad_accumulation,
         clip_norm=config.train.clip_norm,
         z_loss=config.train.z_loss,
+        gradient_places=rules.gradient_shardings(partition(specs)[0]),
     )
 
 
@@ -72,4 +73,4 @@ def prepare(config: RunConfig, rules: Rules) -> Setup:
     specs = describe_model(config)
     rules.param_shardings(specs)
     corpus = load_corpus(config.data)
-    return Setup(config, rules, corpus, specs, build_optimizer(config, specs), step_options(config, rules))
+    return Setup(config, rules, corpus, specs, build_optimizer(config, specs), step_options(config, rules, specs))

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mlt.model.lm import LM
-from mlt.nn.param import initialize, partition
+from mlt.nn.param import initialize, partition, put
 from mlt.optim.base import state_shardings
 from mlt.parallel.rules import Rules
 
@@ -59,5 +59,6 @@ def create_state(specs: LM, optimizer: optax.GradientTransformation, rules: Rule
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(specs, optimizer, rules))
     model = initialize(specs, seed, shardings.model)
     slots = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(partition(model)[0])
-    step = jax.device_put(np.zeros((), np.int32), shardings.step)
-    return TrainState(step, model, slots, jax.device_put(jax.random.key_data(jax.random.key(seed)), shardings.key))
+    step = put(np.zeros((), np.int32), shardings.step)
+    key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+    return TrainState(step, model, slots, put(key, shardings.key))

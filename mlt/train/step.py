@@ -27,6 +27,7 @@ class StepOptions:
         grad_accumulation: micro-batches per step.
         clip_norm: global gradient norm above which gradients are scaled down; None never clips.
         z_loss: weight of the squared log-partition.
+        gradient_places: shardings of the gradients where they differ from the parameters' (`mesh.zero = 2`).
     """
 
     rules: Rules
@@ -35,6 +36,7 @@ class StepOptions:
     grad_accumulation: int = 1
     clip_norm: float | None = 1.0
     z_loss: float = 0.0
+    gradient_places: Any = None
 
 
 def train_step(
@@ -68,6 +70,8 @@ def train_step(
     else:
         loss, aux, grads = _accumulate(gradient, trained, batch, options)
 
+    if options.gradient_places is not None:
+        grads = jax.lax.with_sharding_constraint(grads, options.gradient_places)
     norm = optax.tree.norm(grads)
     if options.clip_norm is not None:
         scale = jnp.minimum(1.0, options.clip_norm / (norm + 1e-6))

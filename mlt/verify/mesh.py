@@ -50,7 +50,7 @@ class MeshStep:
         self.rules = layout.rules(jax.devices()[: layout.num_devices])
         self.specs = describe_model(config)
         self.optimizer = keep_gradients(build_optimizer(config, self.specs))
-        options = dataclasses.replace(step_options(config, self.rules), dtype=jax.numpy.dtype("float32"))
+        options = dataclasses.replace(step_options(config, self.rules, self.specs), dtype=jax.numpy.dtype("float32"))
         self.state = create_state(self.specs, self.optimizer, self.rules, seed=seed)
         self.batch = jax.device_put(batch, self.rules.sharding(("batch", "seq")))
         places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(self.specs, self.optimizer, self.rules))

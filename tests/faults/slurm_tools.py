@@ -119,6 +119,8 @@ def cluster(place: pathlib.Path) -> Iterator[Cluster]:
         daemons += [_start(place, "slurmd", "-D", "-N", node, "-f", found.conf) for node in NODES]
         _until(lambda: _idle_nodes(found) == len(NODES), "the nodes did not come up", found)
         yield found
+        found.run("scancel", "--user=root")
+        _until(lambda: not found.run("squeue", "--noheader"), "a job did not end", found, timeout=90)
     finally:
         for daemon in reversed(daemons):
             daemon.terminate()
