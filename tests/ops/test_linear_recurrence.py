@@ -20,7 +20,7 @@ from mlt_kernels.testing import (
     value_and_grads,
 )
 
-BACKENDS = dispatch.backends("linear_recurrence")
+BACKENDS = tuple(name for name in dispatch.backends("linear_recurrence") if name in dispatch.PORTABLE)
 STATIC = ("rule", "normalizer", "chunk_size")
 TOKENS = ("q", "k", "v", "log_decay", "beta", "log_input")
 PACKED = [name for name, case in TESTS.items() if case.documents is not None]

@@ -31,6 +31,8 @@ TOKENS = ("q", "k", "v", "step", "log_decay", "log_momentum", "threshold")
 WITH_GRADIENTS = ("titans", "ttt_mlp", "lact")
 """The chunks' gradients are JAX's own; three cases go through every part that is not."""
 EXACT = 1e-9
+QUICK_COMPILE = {"xla_backend_optimization_level": 0}
+"""Without LLVM's optimization, which takes most of the time, where no bits are compared."""
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +62,7 @@ def split(case):
 def values(name, backend):
     """Compiled: arguments -> (o, state)."""
     run, _ = split(TESTS[name])
-    return jax.jit(lambda args: run(backend, **args))
+    return jax.jit(lambda args: run(backend, **args), compiler_options=QUICK_COMPILE)
 
 
 @functools.cache
@@ -68,7 +70,8 @@ def gradients(name, backend):
     """Compiled: (arguments, cotangent) -> ((o, state), gradients)."""
     run, args = split(TESTS[name])
     wrt = [x for x in args if x not in ("segment_ids", "position")]
-    return jax.jit(lambda args, cts: value_and_grads(functools.partial(run, backend), args, wrt=wrt, cotangent=cts))
+    both = lambda args, cts: value_and_grads(functools.partial(run, backend), args, wrt=wrt, cotangent=cts)  # noqa: E731
+    return jax.jit(both, compiler_options=QUICK_COMPILE if backend == "reference" else None)
 
 
 def cotangent(name, args):

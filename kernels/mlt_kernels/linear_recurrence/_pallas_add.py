@@ -1,0 +1,158 @@
+"""The add rule in Pallas kernels: for a GPU `_pallas_add_scalar` (no decay or one decay a head) and `_pallas_add_vector` (one a
+key dim), for a TPU `_pallas_add_tpu`. This file prepares their arguments and ties their forward and backward passes together.
+
+Gates, sums of gates, states and accumulators are float32. Products take operands of the dtype of q, k and v; those of
+float32 are three TF32 products (see `_pallas_tools.dot`). On a GPU, dims must be powers of two from 16 to 256: Triton's
+tiles are powers of two and its products need 16.
+
+Status: numbers checked in interpret mode, programs lowered and compiled for an H200; not run on a GPU.
+
+Letters: B rows, T tokens, H value heads, K key dim, V value dim.
+"""
+
+import contextlib
+import functools
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mlt_kernels import pallas
+from mlt_kernels.linear_recurrence import _pallas_add_scalar, _pallas_add_tpu, _pallas_add_vector, _pallas_normalized
+from mlt_kernels.linear_recurrence import _pallas_tools as tools
+from mlt_kernels.linear_recurrence._pallas_tools import Arrays, Settings
+
+TPU_CHUNK = 128
+"""Tokens of a chunk on a TPU: the width of its matrix unit."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def recurrence(settings: Settings, arrays: Arrays, segment_ids: Array | None) -> tuple[Array, Array | None, Array | None]:
+    """o, the final state and the states entering every `state_stride`-th chunk. T is a multiple of the chunk."""
+    return _forward(settings, arrays, segment_ids)[0]
+
+
+def _forward(settings: Settings, arrays: Arrays, segment_ids: Array | None) -> tuple[Any, Any]:
+    with _context(settings):
+        results = _kernels(settings, arrays).forward(settings, arrays, segment_ids)
+    return results, (arrays, segment_ids)
+
+
+def _backward(settings: Settings, residuals: Any, grads: Any) -> tuple[Arrays, None]:
+    arrays, segment_ids = residuals
+    with _context(settings):
+        return _kernels(settings, arrays).backward(settings, arrays, segment_ids, *grads), None
+
+
+recurrence.defvjp(_forward, _backward)
+
+
+def _kernels(settings: Settings, arrays: Arrays) -> ModuleType:
+    if settings.platform == "tpu":
+        return _pallas_add_tpu
+    return _pallas_add_vector if arrays.g is not None and arrays.g.ndim == 4 else _pallas_add_scalar
+
+
+def _context(settings: Settings) -> Any:
+    """A gradient may be traced after the caller has left interpret mode."""
+    return pallas.interpret() if settings.interpreting else contextlib.nullcontext()
+
+
+def unsupported(
+    *,
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | None,
+    beta: Array | None,
+    chunk_size: int,
+    return_chunk_states: bool,
+    **_: Any,
+) -> str | None:
+    K, V = q.shape[-1], v.shape[-1]
+    for name, dim in (("K", K), ("V", V)):
+        if dim & (dim - 1) or not tools.SMALLEST <= dim <= tools.LARGEST:
+            return f"{name}={dim}; a Triton kernel takes powers of two from {tools.SMALLEST} to {tools.LARGEST}"
+    if jnp.float64 in {x.dtype for x in (q, k, v, log_decay, beta) if x is not None}:
+        return "float64 arguments; the kernels compute in float32"
+    if return_chunk_states and chunk_size < tools.SMALLEST:
+        return f"return_chunk_states with chunk_size={chunk_size}; a Triton product needs {tools.SMALLEST} tokens"
+    return None
+
+
+def run(*, normalizer: str, platform: str = "gpu", **arguments: Any) -> Any:
+    plain = functools.partial(_plain, platform=platform)
+    if normalizer == "none":
+        return plain(normalizer=normalizer, **arguments)
+    return _pallas_normalized.run(plain, normalizer=normalizer, **arguments)
+
+
+def _plain(
+    *,
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | None,
+    beta: Array | None,
+    rule: str,
+    log_input: Array | None,
+    normalizer: str,
+    scale: float,
+    initial_state: Array | None,
+    segment_ids: Array | None,
+    chunk_size: int,
+    return_final_state: bool,
+    return_chunk_states: bool,
+    platform: str,
+) -> Any:
+    B, T, H, V = v.shape
+    vector = log_decay is not None and log_decay.ndim == 4
+    if platform == "gpu":
+        length, least = tools.blocks("forward", q.shape[-1], V, q.dtype.itemsize, vector=vector).chunk, tools.SMALLEST
+    else:
+        length, least = (16 if pallas.interpreting() else TPU_CHUNK), 8
+    if return_chunk_states:
+        length = min(length, chunk_size)
+    length = max(least, min(length, 1 << (T - 1).bit_length()))
+    gated = beta is not None or log_input is not None
+    u = beta if log_input is None else jnp.exp(log_input) if beta is None else beta * jnp.exp(log_input)
+    g = None if log_decay is None else jnp.maximum(log_decay, tools.LOWEST)
+    if g is not None and not vector:
+        g = jnp.broadcast_to(g, (B, T, H))
+    if segment_ids is not None:
+        real = (segment_ids != 0)[..., None]
+        u = jnp.where(real, jnp.float32(1.0) if u is None else u, 0.0) * jnp.ones((1, 1, H), jnp.float32)
+        g = None if g is None else jnp.where(real[..., None] if vector else real, g, 0.0)
+
+    low = jnp.result_type(q, k, v)
+
+    def padded(x: Array) -> Array:
+        return jnp.pad(x, [(0, 0), (0, -T % length)] + [(0, 0)] * (x.ndim - 2))
+
+    arrays = Arrays(
+        *(padded(x.astype(low)) for x in (q, k, v)),
+        g=None if g is None else padded(g),
+        u=None if u is None else padded(u),
+        state=None if initial_state is None else initial_state.astype(jnp.float32),
+    )
+    stride = chunk_size // length if return_chunk_states else None
+    settings = Settings(
+        platform=platform,
+        scale=scale,
+        chunk=length,
+        return_final=return_final_state,
+        state_stride=stride,
+        gated_writes=gated,
+        anchor=stride or (2 if pallas.interpreting() else tools.ANCHOR),
+        interpreting=pallas.interpreting(),
+    )
+    results: Any = recurrence(settings, arrays, None if segment_ids is None else padded(segment_ids))
+    o, final, states = results
+    result = [o[:, :T].astype(v.dtype)]
+    if return_final_state:
+        result.append(final)
+    if return_chunk_states:
+        result.append(states)
+    return result[0] if len(result) == 1 else tuple(result)

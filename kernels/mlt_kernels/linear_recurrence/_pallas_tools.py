@@ -1,0 +1,373 @@
+"""Parts of the add-rule kernels that do not know the rule: precision of products, places of documents, block sizes.
+
+Letters: B rows, T tokens, J chunks, C tokens of a chunk, H value heads, K key dim, V value dim.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+
+from mlt_kernels import pallas, segments
+
+ANCHOR = 16
+"""Chunks between two states that the forward sweep of a backward pass leaves to the backward sweep."""
+OF_VALUES = ("forward", "values")
+"""Kernels whose programs own a slab of V and all of K; `queries` and `keys` own a slab of K and all of V."""
+TOKEN_PARALLEL = ("pairs", "inner")
+"""Kernels of vector decays whose programs own a chunk, with all of K and V."""
+HIGHEST = jax.lax.Precision.HIGHEST
+LOWEST = -128.0
+"""Log decays are clamped here; from -104 on, exp is 0 in float32."""
+GRID = 2.0**8
+SMALLEST, LARGEST = 16, 256
+"""Key and value dims that a Triton kernel takes: its products need 16, its registers end at 256."""
+
+
+class Documents(NamedTuple):
+    """Where the documents lie in the chunks. A chunk is entered with a document if its first token continues it."""
+
+    first_BT: Array  # place in its chunk of the first token of a token's document, -1 if entered with it; padding: C
+    first_end_BJ: Array  # the same of the document that each chunk is left with; padding belongs to what precedes it
+
+
+def documents(segment_ids_BT: Array | None, length: int) -> tuple[Documents | None, Array | None]:
+    """Documents, and the same places with padding told as what precedes it, for T a multiple of the chunk length."""
+    if segment_ids_BT is None:
+        return None, None
+    B, T = segment_ids_BT.shape
+    start_BJC = segments.starts(segment_ids_BT).reshape(B, T // length, length)
+    place_BJC = jax.lax.cummax(jnp.where(start_BJC, jnp.arange(length, dtype=jnp.int32), -1), axis=2)
+    first_BT = jnp.where(segment_ids_BT != 0, place_BJC.reshape(B, T), length)
+    return Documents(first_BT, place_BJC[:, :, -1]), place_BJC
+
+
+def decay_sums(g_BTH: Array, place_BJC: Array | None, length: int) -> tuple[Array, Array]:
+    """(B, H, T) twice: log decays summed since the chunk or the document began, as a coarse part and a rest.
+
+    The coarse parts are multiples of 1/256, whose sums and differences are exact: in one float32 sum a few strong
+    decays would leave no digits for the mild ones that follow.
+    """
+    B, T, H = g_BTH.shape
+    place = jnp.arange(length)
+    lower_CC = place[:, None] >= place
+    coarse_BTH = jnp.round(g_BTH * GRID) / GRID
+    parts = jnp.stack([coarse_BTH, g_BTH - coarse_BTH]).reshape(2, B, T // length, length, H)
+    if place_BJC is None:
+        sums = jnp.einsum("ij,pbcjh->pbhci", lower_CC.astype(g_BTH.dtype), parts, precision=HIGHEST)
+    else:
+        within = (lower_CC & (place_BJC[..., None] <= place)).astype(g_BTH.dtype)
+        sums = jnp.einsum("bcij,pbcjh->pbhci", within, parts, precision=HIGHEST)
+    sums = sums.reshape(2, B, H, T)
+    return sums[0], sums[1]
+
+
+def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
+    """Product of two tiles over the dims named, accumulated in float32.
+
+    float32 tiles are multiplied as three TF32 products (22 bits), which tensor cores do; a CPU that interprets the
+    kernel has the full product.
+    """
+    precision: Any = None
+    if a.dtype == jnp.float32:
+        precision = HIGHEST if pallas.interpreting() else jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    numbers = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=jnp.float32)
+
+
+def full_dot(a: Array, b: Array) -> Array:
+    """Product of two small float32 tiles in float32 arithmetic."""
+    preset = HIGHEST if pallas.interpreting() else jax.lax.DotAlgorithmPreset.F32_F32_F32
+    return jax.lax.dot(a, b, precision=preset, preferred_element_type=jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Sizes of one kernel: tokens of a chunk, width of a program's slab of the state, warps and pipeline stages."""
+
+    chunk: int
+    slab: int
+    warps: int
+    stages: int
+
+
+INTERPRETER = "interpreter"
+
+
+def blocks(kernel: str, K: int, V: int, item_bytes: int, *, vector: bool) -> Blocks:
+    """Block sizes of `forward`, `queries`, `keys`, `values` and, with vector decays, the token-parallel `pairs` and `inner`.
+
+    One choice serves every GPU until one is measured: registers and spills for sm_90a are in kernels/reports/registers.md.
+    """
+    device = INTERPRETER if pallas.interpreting() else pallas.device_kind()
+    return _blocks(kernel, K, V, item_bytes, vector, device)
+
+
+@functools.cache
+def _blocks(kernel: str, K: int, V: int, item_bytes: int, vector: bool, device: str) -> Blocks:
+    if device == INTERPRETER:  # Small, so that small tests cross every kind of border.
+        return Blocks(chunk=16, slab=16, warps=4, stages=1)
+    if kernel in TOKEN_PARALLEL:
+        return Blocks(chunk=16, slab=K, warps=8 if K > 128 else 4 if K > 64 else 2, stages=1)
+    across, along = (K, V) if kernel in OF_VALUES else (V, K)
+    if vector:
+        slab = min(along, 64 if across <= 128 else 32)
+        return Blocks(chunk=16, slab=slab, warps=8 if across * slab > 4096 else 4, stages=2)
+    if item_bytes == 4:  # Three TF32 products a product: only small tiles stay near the registers there are.
+        return Blocks(chunk=16, slab=min(along, 32), warps=4 if across <= 128 else 8, stages=1)
+    if max(K, V) > 128:
+        return Blocks(chunk=32, slab=min(along, 32), warps=8, stages=2)
+    if kernel == "values" and across > 64:
+        return Blocks(chunk=64, slab=min(along, 32), warps=4, stages=2)
+    return Blocks(chunk=64, slab=min(along, 64), warps=8, stages=3)
+
+
+Refs = dict[str, Any]
+"""The kernel's arrays by name; one that a call has no use for is absent."""
+
+
+def launch(
+    kernel: Callable[[Refs], None],
+    *,
+    grid: tuple[int, ...],
+    inputs: dict[str, tuple[Array, pl.BlockSpec]],
+    outputs: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]],
+    sizes: Blocks,
+) -> dict[str, Array]:
+    """Runs a Triton kernel over a grid; its arrays come and go by name."""
+    names = [*inputs, *outputs]
+
+    def body(*refs: Any) -> None:
+        kernel(dict(zip(names, refs, strict=True)))
+
+    body.__name__ = getattr(kernel, "func", kernel).__name__.strip("_")
+    results = pl.pallas_call(
+        body,
+        grid=grid,
+        in_specs=[spec for _, spec in inputs.values()],
+        out_specs=[spec for _, spec in outputs.values()],
+        out_shape=[shape for shape, _ in outputs.values()],
+        compiler_params=pallas.triton_params(num_warps=sizes.warps, num_stages=sizes.stages),
+        interpret=pallas.interpreting(),
+    )(*(array for array, _ in inputs.values()))
+    return dict(zip(outputs, results, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What does not change with the numbers of a call."""
+
+    platform: str  # "gpu" or "tpu"
+    scale: float
+    chunk: int
+    return_final: bool
+    state_stride: int | None  # chunks between two returned states
+    gated_writes: bool  # write strengths have a gradient
+    anchor: int  # chunks between two states left for the decays' gradients; the same where states are returned
+    interpreting: bool
+
+
+class Arrays(NamedTuple):
+    """Differentiable inputs. g: log decays (B, T, H) or (B, T, H, K), at least -128. u: write strengths (B, T, H), 0 at
+    padding."""
+
+    q: Array
+    k: Array
+    v: Array
+    g: Array | None
+    u: Array | None
+    state: Array | None
+
+
+class Layout:
+    """Grid and blocks of one kernel's arrays: programs are (slab, or chunk if token-parallel; value head; row)."""
+
+    def __init__(self, settings: Settings, arrays: Arrays, kernel: str):
+        B, T, H, V = arrays.v.shape
+        Hk, K = arrays.q.shape[2:]
+        vector = arrays.g is not None and arrays.g.ndim == 4
+        self.sizes = blocks(kernel, K, V, arrays.q.dtype.itemsize, vector=vector)
+        self.of_values = kernel in OF_VALUES
+        self.slab = K if kernel in TOKEN_PARALLEL else self.sizes.slab
+        self.slabs = (V if self.of_values else K) // self.slab
+        self.grid = (T // settings.chunk if kernel in TOKEN_PARALLEL else self.slabs, H, B)
+        self.B, self.T, self.H, self.K, self.V, self.repeats = B, T, H, K, V, H // Hk
+        self.chunk, self.chunks = settings.chunk, T // settings.chunk
+
+    def keys(self, heads: int) -> pl.BlockSpec:
+        """(B, T, heads, K): q, k and their gradients."""
+        group = self.H // heads
+        if self.of_values:
+            return pl.BlockSpec((None, self.T, None, self.K), lambda x, h, b: (b, 0, h // group, 0))
+        return pl.BlockSpec((None, self.T, None, self.slab), lambda x, h, b: (b, 0, h // group, x if self.slabs > 1 else 0))
+
+    def values(self) -> pl.BlockSpec:
+        """(B, T, H, V)."""
+        if self.of_values:
+            return pl.BlockSpec((None, self.T, None, self.slab), lambda x, h, b: (b, 0, h, x))
+        return pl.BlockSpec((None, self.T, None, self.V), lambda x, h, b: (b, 0, h, 0))
+
+    def state(self) -> pl.BlockSpec:
+        """(B, H, K, V)."""
+        if self.of_values:
+            return pl.BlockSpec((None, None, self.K, self.slab), lambda x, h, b: (b, h, 0, x))
+        return pl.BlockSpec((None, None, self.slab, self.V), lambda x, h, b: (b, h, x, 0))
+
+    def states(self, number: int) -> pl.BlockSpec:
+        """(B, number, H, K, V)."""
+        if self.of_values:
+            return pl.BlockSpec((None, number, None, self.K, self.slab), lambda x, h, b: (b, 0, h, 0, x))
+        return pl.BlockSpec((None, number, None, self.slab, self.V), lambda x, h, b: (b, 0, h, x, 0))
+
+    def key_sums(self, *length: int) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
+        """(B, H, length, K) float32, or (B, H, K)."""
+        block = (None, None, *length, self.slab)
+        spec = pl.BlockSpec(block, lambda x, h, b: (b, h, *[0] * len(length), x))
+        return jax.ShapeDtypeStruct((self.B, self.H, *length, self.K), jnp.float32), spec
+
+    def partial(self, length: int) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
+        """(X, B, H, length) float32: every slab's part of a sum over the whole dim."""
+        shape = jax.ShapeDtypeStruct((self.slabs, self.B, self.H, length), jnp.float32)
+        return shape, pl.BlockSpec((None, None, None, length), lambda x, h, b: (x, b, h, 0))
+
+    def gates(self, arrays: Arrays, documents: Documents | None, place: Array | None) -> dict[str, Any]:
+        """Inputs that every kernel has: log decays (if scalar, their sums), write strengths, documents."""
+        by_head = pl.BlockSpec((None, None, self.T), lambda x, h, b: (b, h, 0))
+        inputs: dict[str, Any] = {}
+        if arrays.g is not None and arrays.g.ndim == 4:
+            inputs["g"] = arrays.g, self.keys(self.H)
+        elif arrays.g is not None:
+            coarse, fine = decay_sums(arrays.g, place, self.chunk)
+            inputs |= {"coarse": (coarse, by_head), "fine": (fine, by_head)}
+        if arrays.u is not None:
+            inputs["u"] = jnp.swapaxes(arrays.u, 1, 2), by_head
+        if documents is not None:
+            inputs["first"] = documents.first_BT, pl.BlockSpec((None, self.T), lambda x, h, b: (b, 0))
+            inputs["first_end"] = documents.first_end_BJ, pl.BlockSpec((None, self.chunks), lambda x, h, b: (b, 0))
+        return inputs
+
+
+def rows(x: Array, *by: Array | None) -> Array:
+    """x (C, D) as float32 with its rows times the factors; x itself where there is none."""
+    given = [f for f in by if f is not None]
+    return x if not given else x.astype(jnp.float32) * functools.reduce(jnp.multiply, given)[:, None]
+
+
+def update(state: Array, factor: Array | None, left: Array, right: Array) -> Array:
+    """factor state + left^T right."""
+    added = dot(left, right, (0, 0))
+    return added + (state if factor is None else factor * state)
+
+
+Step = Callable[[Array, Any], Any]
+
+
+class Groups(NamedTuple):
+    """Chunks told off in groups: `number` of them, and the first chunk of a group and the one after its last."""
+
+    number: int
+    bounds: Callable[[Array], tuple[Array, Array]]
+
+
+def groups(chunks: int, stride: int) -> Groups:
+    """Groups of `stride` chunks, the last one perhaps shorter."""
+    number = -(-chunks // stride)
+    return Groups(number, lambda n: (n * stride, jnp.minimum(n * stride + stride, chunks)))
+
+
+def groups_between_last(chunks: int, stride: int) -> Groups:
+    """Groups that begin with the last chunk of each of `groups`, and before them one that may be empty."""
+    number = -(-chunks // stride)
+
+    def bounds(n: Array) -> tuple[Array, Array]:
+        low = jnp.maximum(jnp.minimum(n * stride, chunks) - 1, 0)
+        # One more at the very end, where nothing is left out.
+        return low, jnp.minimum(n * stride + stride, chunks) - 1 + jax.lax.div(n, jnp.array(number, n.dtype))
+
+    return Groups(number + 1, bounds)
+
+
+def walk(
+    chunks: int,
+    chunk: Step,
+    carry: Any,
+    *,
+    by: Groups | None = None,
+    before: Step | None = None,
+    after: Step | None = None,
+    reverse: bool = False,
+) -> Any:
+    """Takes `carry` through every chunk; through `before` and `after` as it comes to a group (by number) and leaves it."""
+
+    def through(low: Any, high: Any, carry: Any) -> Any:
+        def step(i: Array, carry: Any) -> Any:
+            return chunk(high - 1 - (i - low) if reverse else i, carry)
+
+        return jax.lax.fori_loop(low, high, step, carry)
+
+    if by is None or (before is None and after is None):
+        return through(0, chunks, carry)
+
+    def group(i: Array, carry: Any) -> Any:
+        n = by.number - 1 - i if reverse else i
+        carry = carry if before is None else before(n, carry)
+        carry = through(*by.bounds(n), carry)
+        return carry if after is None else after(n, carry)
+
+    return jax.lax.fori_loop(0, by.number, group, carry)
+
+
+def initial(refs: Refs, name: str, shape: tuple[int, int]) -> Array:
+    return refs[name][...] if name in refs else jnp.zeros(shape, jnp.float32)
+
+
+def operands(arrays: Arrays, at: Layout) -> dict[str, Any]:
+    keys = at.keys(arrays.q.shape[2])
+    return {"q": (arrays.q, keys), "k": (arrays.k, keys), "v": (arrays.v, at.values())}
+
+
+def state_gradients(at: Layout, d_final: Array | None, d_states: Array | None) -> dict[str, Any]:
+    inputs: dict[str, Any] = {} if d_final is None else {"d_final": (d_final, at.state())}
+    if d_states is not None:
+        inputs["d_states"] = d_states, at.states(d_states.shape[1])
+    return inputs
+
+
+def sweep(
+    settings: Settings,
+    arrays: Arrays,
+    documents: Documents | None,
+    at: Layout,
+    kernel: Callable[..., None],
+    inputs: dict[str, Any],
+    outputs: dict[str, Any],
+    stride: int | None,
+    place: Array | None = None,
+) -> dict[str, Array]:
+    """Launches a kernel that walks over the chunks."""
+    shape = (at.K, at.slab) if at.of_values else (at.slab, at.V)
+    return launch(
+        functools.partial(kernel, scale=settings.scale, C=at.chunk, J=at.chunks, stride=stride, shape=shape),
+        grid=at.grid,
+        inputs=operands(arrays, at) | at.gates(arrays, documents, place) | inputs,
+        outputs=outputs,
+        sizes=at.sizes,
+    )
+
+
+def by_key_head(x_BTHK: Array, like: Array) -> Array:
+    """Sums a gradient of every value head over those that read one query/key head."""
+    B, T, Hk, K = like.shape
+    return jnp.sum(x_BTHK.reshape(B, T, Hk, -1, K), axis=3).astype(like.dtype) if x_BTHK.shape[2] != Hk else x_BTHK
+
+
+def write_gradient(settings: Settings, arrays: Arrays, of_values: dict[str, Array]) -> Array | None:
+    """(B, T, H): the sum over the slabs; zeros if write strengths only mark padding."""
+    if settings.gated_writes:
+        return jnp.swapaxes(jnp.sum(of_values["du"], axis=0), 1, 2)
+    return None if arrays.u is None else jnp.zeros_like(arrays.u)
