@@ -10,6 +10,7 @@ from mlt.config.problems import ConfigError, Problem, collect_problems, walk
 from mlt.config.run import RunConfig
 from mlt.mixers.base import MixerConfig, SequenceMixerConfig
 from mlt.parallel import carry, ring
+from mlt.plan.text import ring_shape
 
 CROSSINGS: dict[str, tuple[str, ...]] = {"ring": ring.STRATEGIES, "carry": carry.EXCHANGES, "halo": ()}
 """Kind of mixer (`SequenceMixerConfig.context`) -> ways in which what it needs can cross sequence shards."""
@@ -92,22 +93,17 @@ def _sequence_shards(config: RunConfig) -> Iterator[Problem]:
 
 
 def _attention_shards(config: RunConfig) -> Iterator[Problem]:
+    """Strategies that are asked for by name and cannot run on a layer's heads, window or row length."""
     mesh = config.mesh
     for path, mixer in walk(config.model, "model"):
         strategy = getattr(mixer, "exchange", None) or mesh.attention
-        if not isinstance(mixer, SequenceMixerConfig) or mixer.context != "ring" or strategy is None:
+        if not isinstance(mixer, SequenceMixerConfig) or mixer.context != "ring" or strategy not in ring.STRATEGIES:
             continue
-        heads, kv_heads = mixer.num_heads, mixer.kv_heads
-        shape = {"heads": heads // mesh.tensor, "kv_heads": max(kv_heads // mesh.tensor, 1)}
-        window = getattr(mixer, "window", None)
-        why = ring.refusal(strategy, **shape, tokens=config.data.sequence_length, window=window, size=mesh.context)
+        shape = {**ring_shape(config, mixer), "size": mesh.context}
+        why = ring.refusal(strategy, **shape)
         if why is not None:
             named = f"{path}.exchange" if mixer.exchange else "mesh.attention"
-            fitting = [
-                s
-                for s in ring.STRATEGIES
-                if not ring.refusal(s, **shape, tokens=config.data.sequence_length, window=window, size=mesh.context)
-            ]
+            fitting = [other for other in ring.STRATEGIES if not ring.refusal(other, **shape)]
             yield Problem(named, strategy, f"{why} ({path})", f"use {', '.join(fitting)}, or None for the cheapest")
 
 

@@ -1,10 +1,13 @@
 """The resolved plan of a run as text: what will be trained, how it is laid out, and with which backends."""
 
+from typing import Any
+
 from mlt_kernels import dispatch
 
 from mlt.config.run import RunConfig
 from mlt.model.count import count
 from mlt.model.lm import LM
+from mlt.parallel import ring
 
 
 def plan_text(config: RunConfig, specs: LM) -> str:
@@ -16,7 +19,6 @@ def plan_text(config: RunConfig, specs: LM) -> str:
     """
     seq_len = config.data.sequence_length
     total = count(config.model, specs, seq_len)
-    bytes_per_device = 16 * total.params / (config.mesh.fsdp * config.mesh.tensor)
     mesh = " * ".join(f"{axis}={size}" for axis, size in config.mesh.shape().items() if size > 1) or "one device"
     stack = config.model.stack
     lines = [
@@ -30,11 +32,43 @@ def plan_text(config: RunConfig, specs: LM) -> str:
         f"decoding     {total.state_values:,} state values per sequence after {seq_len:,} tokens",
         f"batch        {config.data.batch_size} rows of {seq_len:,} tokens, {config.train.grad_accumulation} micro-batch(es); "
         f"{config.train.steps:,} steps, {config.train.steps * config.data.batch_size * seq_len:,} tokens",
-        f"mesh         {mesh}; about {bytes_per_device / 2**20:,.0f} MiB of parameters, gradients and AdamW state per device",
+        f"mesh         {mesh}; about {_state_bytes(config, total.params) / 2**20:,.0f} MiB of parameters, gradients and AdamW "
+        f"state per device",
+        *([f"sequence     {'; '.join(_crossings(config))}"] if config.mesh.context > 1 else []),
         f"memory       {'; '.join(config.remat.describe())}",
         f"backends     {', '.join(_backends(config))}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _state_bytes(config: RunConfig, params: int) -> float:
+    """Bytes of parameters, gradients and two moments on a device, all float32."""
+    mesh = config.mesh
+    split = [mesh.fsdp if mesh.zero >= stage else 1 for stage in (3, 2, 1, 1)]
+    return sum(4 * params / mesh.tensor / parts for parts in split)
+
+
+def _crossings(config: RunConfig) -> list[str]:
+    """How each kind of layer crosses sequence shards."""
+    mesh, found = config.mesh, []
+    for mixer in config.model.stack.mixers():
+        kind = getattr(mixer, "context", None)
+        if kind == "ring":
+            shape = ring_shape(config, mixer)
+            kind = getattr(mixer, "exchange", None) or mesh.attention or ring.choose(**shape, size=mesh.context)
+        elif kind == "carry":
+            kind = f"carry by {getattr(mixer, 'exchange', None) or mesh.carry}"
+        if kind is not None:
+            found.append(f"{type(mixer).__name__}: {kind}")
+    return list(dict.fromkeys(found))
+
+
+def ring_shape(config: RunConfig, mixer: Any) -> dict[str, Any]:
+    """What decides how an attention layer crosses sequence shards: row length, heads of a tensor shard, window."""
+    heads, tensor = mixer.num_heads, config.mesh.tensor
+    kv_heads = getattr(mixer, "kv_heads", heads)
+    shape = {"heads": max(heads // tensor, 1), "kv_heads": max(kv_heads // tensor, 1)}
+    return {**shape, "tokens": config.data.sequence_length, "window": getattr(mixer, "window", None)}
 
 
 def _layers(config: RunConfig) -> list[str]:
