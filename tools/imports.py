@@ -18,6 +18,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "config": ("errors",),
     "nn": ("kernels", "errors"),
     "bench": ("kernels", "errors"),
+    "launch": (*COMMON, "config.run", "config.check"),
     "parallel": ("kernels", "nn", "config", "errors"),
     "mixers": ("kernels", "nn", "parallel", "config", "errors"),
     "model": ("kernels", "nn", "parallel", "mixers", "config", "errors"),

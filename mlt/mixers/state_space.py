@@ -5,6 +5,7 @@ so a convolution whose kernel is C e^(Delta lambda l) b. The recurrence packs do
 takes rows of one document only. Complex parameters and decoding states are pairs of reals in a last dim of two.
 """
 
+import math
 from typing import Any, Literal
 
 import jax
@@ -21,6 +22,7 @@ from mlt.parallel.local import CHANNELS, HEADS, local
 
 Poles = Literal["legs", "linear", "inverse", "real"]
 Form = Literal["scan", "convolution"]
+POLES_AT_A_TIME = 4
 
 
 def legs_spectrum(order: int) -> tuple[np.ndarray, np.ndarray]:
@@ -55,7 +57,7 @@ def log_uniform(low: float, high: float) -> Init:
 
 def pair(value: np.ndarray) -> np.ndarray:
     """(..., 2) reals of a complex array."""
-    return np.stack([value.real, value.imag], -1)
+    return np.stack([np.real(value), np.imag(value)], -1)
 
 
 def as_complex(value: Any) -> jax.Array:
@@ -63,16 +65,23 @@ def as_complex(value: Any) -> jax.Array:
     return jax.lax.complex(value[..., 0], value[..., 1])
 
 
-def recur(row: Row, a: jax.Array, b: jax.Array, *, name: str = "memory", **options: Any) -> jax.Array:
-    """`row.diagonal_recurrence` of complex arrays, whose state is kept as pairs of reals."""
-    if not isinstance(row, Continuation):
-        return row.diagonal_recurrence(a, b, name=name, **options)
-    start, segment_ids = as_complex(row.state[name]), row.ctx.segment_ids
-    h, last = mlt_kernels.diagonal_recurrence(
-        a, b, initial_state=start, segment_ids=segment_ids, return_final_state=True, **options
-    )
-    row.new[name] = jnp.stack([last.real, last.imag], axis=-1)
-    return h
+def held(row: Row, name: str = "memory") -> jax.Array | None:
+    """The complex state that decoding goes on from; None in a whole row."""
+    return as_complex(row.state[name]) if isinstance(row, Continuation) else None
+
+
+def hold(row: Row, last: jax.Array | None, name: str = "memory") -> None:
+    """Keep the last complex state, if any, for the tokens to come."""
+    if isinstance(row, Continuation) and last is not None:
+        row.new[name] = jnp.stack([last.real, last.imag], axis=-1)
+
+
+def recur(row: Row, a: jax.Array, b: jax.Array, start: jax.Array | None, backend: str | None) -> tuple[jax.Array, Any]:
+    """`diagonal_recurrence` of complex arrays: (h, last state, or None in a whole row)."""
+    if start is None:
+        return row.diagonal_recurrence(a, b, implementation=backend), None
+    options = {"segment_ids": row.ctx.segment_ids, "implementation": backend}
+    return mlt_kernels.diagonal_recurrence(a, b, initial_state=start, return_final_state=True, **options)
 
 
 def takes_convolution(form: Form, row: Row) -> bool:
@@ -133,10 +142,11 @@ class DiagonalCore(nnx.Module):
         kernel_length: int | None = None,
         backend: str | None = None,
     ):
-        self.states, self.form, self.kernel_length, self.backend = states, form, kernel_length, backend
+        self.states, self.kernel_length, self.backend = states, kernel_length, backend
+        self.form: Form = form
         lambdas, shape, axes = poles(start, states), (channels, states), ("heads", None)
-        self.rate = param(shape, axes, given(np.log(-lambdas.real), f"log of -re {start}"), group="vector")
-        self.frequency = param(shape, axes, given(lambdas.imag, f"im {start}"), group="vector")
+        self.rate = param(shape, axes, given(np.log(-np.real(lambdas)), f"log of -re {start}"), group="vector")
+        self.frequency = param(shape, axes, given(np.imag(lambdas), f"im {start}"), group="vector")
         self.readout = param((*shape, 2), (*axes, None), normal(0.5**0.5), group="vector")
         self.log_step = param((channels,), ("heads",), log_uniform(*steps), group="vector")
         self.skip = param((channels,), ("heads",), normal(1.0), group="vector")
@@ -160,9 +170,24 @@ class DiagonalCore(nnx.Module):
             kernel_DT = jnp.sum((readout_DN[..., None] * jnp.exp(z_DN[..., None] * lags_T)).real, axis=1)
             y_BTD = convolve(row.ctx, u_BTD, kernel_DT)
         else:
-            shape = (*u_BTD.shape, self.states)
-            b_BTDN = jnp.broadcast_to(u_BTD[..., None], shape).astype(jnp.complex64)
-            a_BTDN = jnp.broadcast_to(jnp.exp(z_DN), shape)
-            h_BTDN = recur(row, a_BTDN, b_BTDN, implementation=self.backend)
-            y_BTD = jnp.sum((readout_DN * h_BTDN).real, axis=-1)
+            y_BTD = self._scan(u_BTD, jnp.exp(z_DN), readout_DN, row)
         return save_point(y_BTD, "recurrence_out") + self.skip[...] * u_BTD
+
+    def _scan(self, u_BTD: jax.Array, a_DN: jax.Array, readout_DN: jax.Array, row: Row) -> jax.Array:
+        """sum_n Re(readout_n h_t[n]). States of a few poles at a time exist for every token, and once more going back."""
+        size = math.gcd(self.states, POLES_AT_A_TIME)
+        cut = lambda x: jnp.moveaxis(x.reshape(*x.shape[:-1], -1, size), -2, 0)  # noqa: E731
+
+        def few(y_BTD: jax.Array, part: tuple[jax.Array, jax.Array, Any]) -> tuple[jax.Array, Any]:
+            a_DP, readout_DP, start = part
+            shape = (*u_BTD.shape, size)
+            b_BTDP = jnp.broadcast_to(u_BTD[..., None], shape).astype(a_DP.dtype)
+            h_BTDP, last = recur(row, jnp.broadcast_to(a_DP, shape), b_BTDP, start, self.backend)
+            return y_BTD + jnp.sum((readout_DP * h_BTDP).real, axis=-1), last
+
+        start = held(row)
+        parts = (cut(a_DN), cut(readout_DN), None if start is None else cut(start))
+        y_BTD, last = jax.lax.scan(jax.checkpoint(few, prevent_cse=False), jnp.zeros_like(u_BTD), parts)
+        if start is not None:
+            hold(row, jnp.moveaxis(last, 0, -2).reshape(start.shape))
+        return y_BTD

@@ -204,7 +204,7 @@ CASES: list[tuple[Callable, SequenceMixerConfig]] = [
     (mamba, Mamba(state_dim=3)),
     (mamba, Mamba(state_dim=3, inner=16, step_rank=2, inner_norm=True, conv_bias=False)),
     (rg_lru, RGLRU(num_heads=2, width=16)),
-    (s4d, S4D(num_states=4)),
+    (s4d, S4D(num_states=8)),
     (s4d, S4D(num_states=4, poles="inverse", kernel_length=48)),
     (gss, GSS(num_states=3, width=6, ffn=16)),
     (s5, S5(num_states=8, num_blocks=2, step_scale=2.0)),
@@ -237,7 +237,7 @@ def test_the_mixer_computes_its_papers_equations(paper, config):
     np.testing.assert_allclose(y, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("config", [S4D(num_states=4), S5(num_states=8), LRU(num_states=8)], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("config", [S4D(num_states=8), S5(num_states=8), LRU(num_states=8)], ids=lambda c: type(c).__name__)
 def test_scan_and_convolution_agree_in_values_and_gradients(config):
     x, ctx = row((29,))
     cotangent = np.random.default_rng(6).standard_normal(x.shape).astype(np.float32)

@@ -13,7 +13,7 @@ from mlt.config.problems import Problem
 from mlt.mixers import cache
 from mlt.mixers.base import Aux, BuildInfo, Context, Mixer, SequenceMixerConfig, save_point, shared_axis
 from mlt.mixers.blocks import ending_at, ends, last_tokens
-from mlt.mixers.sequence.mamba2 import Mamba2
+from mlt.mixers.sequence.rg_lru import RGLRU
 from mlt.mixers.sizes import not_divisor, not_positive
 from mlt.nn.linear import Linear
 from mlt.nn.param import fan_in
@@ -91,7 +91,7 @@ class BMojo(SequenceMixerConfig):
 
     @classmethod
     def example(cls) -> tuple["BMojo", BuildInfo]:
-        memory = Mamba2(num_heads=2, head_dim=8, state_dim=4)
+        memory = RGLRU(num_heads=2)
         config = cls(num_heads=4, head_dim=8, num_kv_heads=2, window=5, interval=3, memory=memory)
         return config, BuildInfo(d_model=32, num_sub_layers=4, vocab_size=64)
 
@@ -113,7 +113,7 @@ class BMojoMixer(Mixer):
         self.output = Linear(queries, stream, init=fan_in(n * h, scale=info.residual_scale))
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
-        config = self.config
+        config, interval = self.config, self.config.interval
         y_BTD, aux = self.memory(x_BTD, ctx)
         q_BTNH, recent, fading = self._project(x_BTD, y_BTD, ctx)
         size = ctx.rules.size("seq")
@@ -124,10 +124,10 @@ class BMojoMixer(Mixer):
             if size > 1:
                 recent, fading = sequence.with_front((recent, fading), 2 * config.window - 1, size)
             kept = None
-            if config.interval is not None:
-                shapes = dict.fromkeys(("key", "value"), k.shape[2:])
-                empty = cache.empty_picked(k.shape[0], -(-k.shape[1] // config.interval), k.dtype, **shapes)
-                kept = self._keep(recent, fading, tokens, empty)
+            if interval is not None:
+                shapes = {"key": k.shape[2:], "value": v.shape[2:]}
+                empty = cache.empty_picked(k.shape[0], -(-k.shape[1] // interval), k.dtype, **shapes)
+                kept = self._keep(interval, recent, fading, tokens, empty)
                 if size > 1:
                     kept = {name: jax.lax.all_gather(kept[name], sequence.AXIS, axis=1, tiled=True) for name in recent}
             return self._attend(q, tokens, recent, fading, kept)
@@ -153,7 +153,7 @@ class BMojoMixer(Mixer):
         fading, new["fading"] = cache.extend(state["fading"], ctx, window=2 * config.window, **fading)
         tokens = {"segment": ctx.segment_ids, "position": ctx.positions}
         if config.interval is not None:
-            new["kept"] = self._keep(recent, fading, tokens, state["kept"])
+            new["kept"] = self._keep(config.interval, recent, fading, tokens, state["kept"])
         o_BTNH = self._attend(q_BTNH, tokens, recent, fading, new.get("kept"))
         return self.output(o_BTNH), new
 
@@ -169,9 +169,9 @@ class BMojoMixer(Mixer):
         recent, fading = ({"key": named(turn(self.key(source))), "value": named(self.value(source))} for source in (x_BTD, y_BTD))
         return named(turn(self.query(x_BTD))), recent, fading
 
-    def _keep(self, recent, fading, tokens, store):
+    def _keep(self, interval, recent, fading, tokens, store):
         """Add to the store the token of every block that ends among `tokens`, the last ones of `recent` and `fading`."""
-        interval, T = self.config.interval, tokens["segment"].shape[1]
+        T = tokens["segment"].shape[1]
         # From the block that ends at the first new token on, and what the memory foresaw of these tokens.
         v_BSKH, segment_BS, k_BSKH = (last_tokens(recent[name], T + interval - 1) for name in ("value", "segment", "key"))
         foreseen_BSKH, before_BS = (last_tokens(fading[name], T + interval)[:, :-1] for name in ("value", "segment"))
@@ -184,9 +184,9 @@ class BMojoMixer(Mixer):
 
     def _attend(self, q_BTNH, tokens, recent, fading, kept):
         window = self.config.window
-        parts = [(recent, tokens["position"], window), (fading, tokens["position"] - window, window)]
-        if kept is not None:
-            parts.append((kept, tokens["position"] - window, None))
+        behind_BT = tokens["position"] - window
+        parts = [(recent, tokens["position"], window), (fading, behind_BT, window)]
+        parts = parts if kept is None else [*parts, (kept, behind_BT, None)]
         results = [
             mlt_kernels.attention(
                 q_BTNH,

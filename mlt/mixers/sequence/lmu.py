@@ -150,11 +150,11 @@ def legendre_memory(
     return jnp.moveaxis(m, 0, 1).reshape(B, count * chunk, -1, G)[:, :T], last
 
 
-def _dot(dims: str, left: jax.Array, right: jax.Array) -> jax.Array:
+def _dot(dims: str, left: np.ndarray, right: jax.Array) -> jax.Array:
     return jnp.einsum(dims, left, right, precision=jax.lax.Precision.HIGHEST)
 
 
-def _entering(u_BTG, segment_ids, empty_BNG, tables, how: carry.Exchange, size: int) -> jax.Array:
+def _entering(u_BTG, segment_ids, empty_BNG, tables, how: str, size: int) -> jax.Array:
     """The memory in front of this sequence shard: what the system makes of the identity is the shard's transition."""
     B, order, G = empty_BNG.shape
     eye = jnp.broadcast_to(jnp.eye(order, dtype=jnp.float32), (B, order, order))

@@ -101,9 +101,9 @@ class MambaMixer(RecurrentMixer):
 
     def mix(self, x_BTD: jax.Array, row: Row) -> jax.Array:
         x_BTI = row.conv("halo", self.conv, self.value(x_BTD))
-        step_BTR, write_BTN, read_BTN = self.step_in(x_BTI), self.write(x_BTI), self.read(x_BTI)
-        if self.step_norm is not None:
-            step_BTR, write_BTN, read_BTN = self.step_norm(step_BTR), self.write_norm(write_BTN), self.read_norm(read_BTN)
+        normed = lambda norm, value: value if norm is None else norm(value)  # noqa: E731
+        step_BTR = normed(self.step_norm, self.step_in(x_BTI))
+        write_BTN, read_BTN = normed(self.write_norm, self.write(x_BTI)), normed(self.read_norm, self.read(x_BTI))
         step_BTI = jax.nn.softplus(self.step_out(step_BTR).astype(jnp.float32) + self.dt_bias[...])
         x_BTI, step_BTI = save_point(x_BTI, "recurrence_in"), save_point(step_BTI, "recurrence_in")
         arrays = (x_BTI, step_BTI, -jnp.exp(self.A_log[...]), write_BTN, read_BTN)

@@ -57,7 +57,7 @@ class S4D(SequenceMixerConfig):
 
     @classmethod
     def example(cls) -> tuple["S4D", BuildInfo]:
-        return cls(num_states=4), BuildInfo(d_model=32, num_sub_layers=4, vocab_size=64)
+        return cls(num_states=8), BuildInfo(d_model=32, num_sub_layers=4, vocab_size=64)
 
 
 class S4DMixer(RecurrentMixer):

@@ -11,7 +11,18 @@ from mlt.config.problems import Problem
 from mlt.mixers.base import BuildInfo, SequenceMixerConfig, save_point
 from mlt.mixers.recurrent import RecurrentMixer, Row, empty_state
 from mlt.mixers.sizes import not_divisor, not_positive
-from mlt.mixers.state_space import Form, as_complex, convolve, legs_spectrum, log_uniform, pair, recur, takes_convolution
+from mlt.mixers.state_space import (
+    Form,
+    as_complex,
+    convolve,
+    held,
+    hold,
+    legs_spectrum,
+    log_uniform,
+    pair,
+    recur,
+    takes_convolution,
+)
 from mlt.nn.linear import Linear
 from mlt.nn.param import Init, fan_in, given, normal, param
 
@@ -134,7 +145,8 @@ class SharedSystem(RecurrentMixer):
             h_BTP = convolve(row.ctx, b_BTP, jnp.exp(log_a_P[:, None] * lags_T))
         else:
             a_BTP = jnp.broadcast_to(jnp.exp(log_a_P), b_BTP.shape)
-            h_BTP = recur(row, a_BTP, b_BTP, implementation=self.config.kernel)
+            h_BTP, last = recur(row, a_BTP, b_BTP, held(row), self.config.kernel)
+            hold(row, last)
         h_BTP = save_point(h_BTP, "recurrence_out")
         # Re(C h) is the real product of the parts, the imaginary ones with a minus.
         parts = jnp.stack([h_BTP.real, -h_BTP.imag], axis=-1).astype(dtype)
@@ -143,12 +155,14 @@ class SharedSystem(RecurrentMixer):
 
 
 class S5Mixer(SharedSystem):
+    config: S5
+
     def __init__(self, config: S5, info: BuildInfo):
         block, vectors = legs_spectrum(2 * config.num_states // config.num_blocks)
         super().__init__(config, info, _into_basis(vectors, config.num_blocks), _from_basis(vectors, config.num_blocks))
         lambdas = np.tile(block, config.num_blocks)
-        self.real = param((config.num_states,), ("heads",), given(lambdas.real, "re legs"), group="vector")
-        self.frequency = param((config.num_states,), ("heads",), given(lambdas.imag, "im legs"), group="vector")
+        self.real = param((config.num_states,), ("heads",), given(np.real(lambdas), "re legs"), group="vector")
+        self.frequency = param((config.num_states,), ("heads",), given(np.imag(lambdas), "im legs"), group="vector")
         steps = log_uniform(config.min_step, config.max_step)
         self.log_step = param((config.num_states,), ("heads",), steps, group="vector")
         self.gate = Linear((("embed", info.d_model),), (("heads", info.d_model),))
