@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 import socket
 import subprocess
@@ -30,11 +31,7 @@ SlurmdSpoolDir={place}/spool-%n
 SlurmctldLogFile={place}/slurmctld.log
 SlurmdLogFile={place}/slurmd-%n.log
 ProctrackType=proctrack/pgid
-TaskPlugin=task/none
-SwitchType=switch/none
-MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=1,sched_interval=1,bf_interval=1
@@ -109,6 +106,8 @@ def cluster(place: pathlib.Path) -> Iterator[Cluster]:
     (keys / "key").chmod(0o400)
     (place / "state").mkdir()
     found.conf.write_text(_CONF.format(host=HOST, place=place, ports=_free_ports(3)))
+    if _version() >= 23:  # the first that can do without cgroups, and wants to be told
+        (place / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
     munge = [f"--{name}={path}" for name, path in (("key-file", keys / "key"), ("socket", place / "munge.socket"))]
     munge += [f"--pid-file={keys}/pid", f"--log-file={keys}/log", f"--seed-file={keys}/seed"]
     daemons: list[subprocess.Popen] = []
@@ -130,6 +129,12 @@ def cluster(place: pathlib.Path) -> Iterator[Cluster]:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+
+
+def _version() -> int:
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin"
+    said = subprocess.run([shutil.which("slurmd", path=path), "-V"], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"(\d+)\.", said)[1])
 
 
 def _start(place: pathlib.Path, program: str, *words: object) -> subprocess.Popen:

@@ -30,6 +30,7 @@ def op(tmp_path, monkeypatch):
     for name in ("cases", "_private"):
         (folder / f"{name}.py").write_text("raise ImportError('not a backend')")
     monkeypatch.setattr(dispatch, "_ROOT", tmp_path)
+    monkeypatch.setitem(dispatch.PREFERENCE, "gpu", ("pallas_gpu",))
     monkeypatch.setattr(mlt_kernels, "__path__", [*mlt_kernels.__path__, str(tmp_path)])
     yield "toy_op"
     for name in [name for name in sys.modules if name.startswith("mlt_kernels.toy_op")]:

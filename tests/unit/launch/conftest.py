@@ -1,5 +1,6 @@
 """Dry runs of the command, in a place that is the same everywhere."""
 
+import importlib.util
 import pathlib
 
 import pytest
@@ -38,3 +39,12 @@ def site(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def schema():
+    """The schemas of Kubernetes, see kubernetes_schema.py."""
+    spec = importlib.util.spec_from_file_location("mlt_kubernetes_schema", pathlib.Path(__file__).parent / "kubernetes_schema.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

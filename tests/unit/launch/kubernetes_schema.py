@@ -1,7 +1,7 @@
 """The part of the JobSet, Job, Pod and ConfigMap schemas that our manifests use: every field known, typed and required.
 
 Written by hand after the published schemas (JobSet v1alpha2, Kubernetes 1.31), which are too large to keep here: what
-is not listed is refused. `MLT_JOBSET_CRD` names the published one for the test that compares with it.
+is not listed is refused.
 """
 
 import re

@@ -1,6 +1,6 @@
 """The exact job of each example site, against a golden text; a dry run writes nothing.
 
-    MLT_WRITE_GOLDENS=1 python -m pytest tests/unit/launch/test_dry_run.py      writes the goldens anew
+MLT_WRITE_GOLDENS=1 python -m pytest tests/unit/launch/test_dry_run.py      writes the goldens anew
 """
 
 import os
@@ -60,7 +60,9 @@ def test_spaces_and_quotes_survive(dry_run, site, tmp_path):
     run_dir = tmp_path / "a run's place"
     text = dry_run(path, "--run-dir", run_dir)
     exports = "\n".join(line for line in text.splitlines() if line.startswith("export"))
-    done = subprocess.run(["bash", "-c", f'{exports}\nprintf "%s|%s" "$NOTE" "$PYTHONPATH"'], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["bash", "-c", f'{exports}\nprintf "%s|%s" "$NOTE" "$PYTHONPATH"'], capture_output=True, text=True, check=True
+    )
     assert done.stdout == f"it's $HOME|{run_dir}/logs/launch/code-{code_digest()}"
 
 
