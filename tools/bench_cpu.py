@@ -22,6 +22,7 @@ import jax  # noqa: E402
 
 from mlt.bench import measure, peers, rows  # noqa: E402
 from mlt.bench.peers_cpu import cpu_peers  # noqa: E402
+from mlt.bench.suites import rows as suite_rows  # noqa: E402
 
 TARGETS = {"ssd": 0.7, "gla": 0.7, "gated_delta": 1.0, "attention": 1.3, "moe": 1.1, "cross_entropy": 0.8, "pkm": 1.2}
 """Largest forward+backward time over the best public form's, by kind of row."""
@@ -116,7 +117,7 @@ def main() -> int:
         new = [head, "|---|---|---|---|---|---|"]
         print(*new, sep="\n", flush=True)
         notes: list[str] = []
-        for row in rows.rows("cpu"):
+        for row in suite_rows("cpu"):
             if words.only and not any(word in row.name for word in words.only):
                 continue
             cells = measured_line(row, words)

@@ -31,7 +31,8 @@ from mlt_kernels import dispatch
 from mlt.bench import accelerator, floor
 from mlt.bench.measure import Measured
 from mlt.bench.peers_gpu import PACKAGES, gpu_peers
-from mlt.bench.rows import Row, rows
+from mlt.bench.rows import Row
+from mlt.bench.suites import rows
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -90,7 +90,9 @@ def conditions(module: Any, index: int, case: Any, dtype: Any) -> Iterator[tuple
         T = LENGTHS[index % len(LENGTHS)]
         with contextlib.suppress(ValueError):  # some cases have no shorter form
             yield f"ragged length {T}", module.arguments(dataclasses.replace(case, T=T), dtype=dtype)
-    if "strongest" in fields and ("log_decay" in given or "a" in given):
+    # Where one token is all that a sum holds, the read is that token's value and 16-bit products leave noise for a gradient.
+    one_token = given.get("normalizer") == "sum" and dtype == jnp.bfloat16
+    if "strongest" in fields and ("log_decay" in given or "a" in given) and not one_token:
         yield "decays to -60", module.arguments(dataclasses.replace(case, strongest=-60.0), dtype=dtype)
     if given.get("rule") == "delta" and "beta" in given:
         for beta in (0.0, 1.0, 2.0):
@@ -105,8 +107,14 @@ def conditions(module: Any, index: int, case: Any, dtype: Any) -> Iterator[tuple
     ids = given.get("segment_ids")
     if hasattr(ids, "shape"):
         B, T = ids.shape
-        yield "documents of one token", given | {"segment_ids": jnp.broadcast_to(jnp.arange(1, T + 1, dtype=ids.dtype), (B, T))}
-        yield "a row of padding", given | {"segment_ids": ids.at[0].set(0)}
+        if not one_token:
+            yield (
+                "documents of one token",
+                given | {"segment_ids": jnp.broadcast_to(jnp.arange(1, T + 1, dtype=ids.dtype), (B, T))},
+            )
+        # A normalised state may be scaled freely, so a cotangent of its parts means something only once tokens were added.
+        kept = {name: x for name, x in given.items() if name != "initial_state" or given.get("normalizer", "none") == "none"}
+        yield "a row of padding", kept | {"segment_ids": ids.at[0].set(0)}
     if "labels" in given and "weights" in given:
         yield "a row of padding", given | {"weights": given["weights"].at[0].set(0)}
 
@@ -182,6 +190,9 @@ def main() -> int:
         from mlt_kernels import pallas
 
         mode = pallas.interpret()
+    device = jax.devices()[0]
+    name = (device.device_kind or device.platform).lower().replace(" ", "-") + ("-interpret" if words.interpret else "")
+    command = "python tools/error_table.py" + "".join(f" {word}" for word in sys.argv[1:])
     tables, bad = [], []
     with mode:
         for op in words.ops or [op for op in dispatch.ops() if importlib.util.find_spec(f"mlt_kernels.{op}.cases")]:
@@ -190,14 +201,11 @@ def main() -> int:
                 backends = [b for b in backends if b.startswith("pallas")]
             lines, refused = measure(op, backends, first_only=words.interpret)
             tables.append(table(op, lines, refused))
-            bad += [f"{op} {line.backend} {line.dtype} {line.condition}: {name}" for line in lines for name in line.bad()]
+            bad += [f"{op} {line.backend} {line.dtype} {line.condition}: {found}" for line in lines for found in line.bad()]
             print(tables[-1], flush=True)
-    device = jax.devices()[0]
-    command = "python tools/error_table.py" + "".join(f" {word}" for word in sys.argv[1:])
-    if words.out is not None:
-        words.out.mkdir(parents=True, exist_ok=True)
-        name = (device.device_kind or device.platform).lower().replace(" ", "-") + ("-interpret" if words.interpret else "")
-        (words.out / f"{name}.md").write_text(report(tables, command, len(bad)))
+            if words.out is not None:
+                words.out.mkdir(parents=True, exist_ok=True)
+                (words.out / f"{name}.md").write_text(report(tables, command, len(bad)))
     print("\n".join(f"above its limit: {line}" for line in bad) or "every value is within its limit")
     return bool(bad)
 

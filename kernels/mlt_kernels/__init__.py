@@ -10,8 +10,8 @@ from mlt_kernels.diagonal_recurrence import diagonal_recurrence
 from mlt_kernels.grouped_matmul import grouped_matmul
 from mlt_kernels.linear_recurrence import linear_recurrence
 from mlt_kernels.row_lookup import row_lookup
-from mlt_kernels.test_time_memory import test_time_memory
 from mlt_kernels.selective_scan import selective_scan
+from mlt_kernels.test_time_memory import test_time_memory
 
 __all__ = [
     "attention",
@@ -21,6 +21,6 @@ __all__ = [
     "grouped_matmul",
     "linear_recurrence",
     "row_lookup",
-    "test_time_memory",
     "selective_scan",
+    "test_time_memory",
 ]

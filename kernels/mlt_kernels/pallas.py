@@ -11,7 +11,7 @@ import contextlib
 import contextvars
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -54,7 +54,7 @@ def triton_params(*, num_warps: int, num_stages: int) -> Any:
     return triton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
 
 
-def tpu_params(*, dimension_semantics: tuple[str, ...], vmem_limit_bytes: int | None = None) -> Any:
+def tpu_params(*, dimension_semantics: tuple[Literal["parallel", "arbitrary"], ...], vmem_limit_bytes: int | None = None) -> Any:
     """Compiler parameters of a Mosaic kernel."""
     from jax.experimental.pallas import tpu
 

@@ -1,11 +1,11 @@
 """Blocks of R rows of one group at a time, cut from the sorted rows where they stand.
 
 A loop over the experts holds a loop over the blocks of its group, as many as the group needs. A group's last block
-reaches into the next group; those rows come out wrong and the next group's blocks, which come later, overwrite
-them. So nothing is gathered, nothing padded per group, and each weight is read once.
+reaches into the next group, or back from the end of the rows; the rows that are not the group's keep what they held. So
+nothing is gathered, nothing padded, and each weight is read once.
 
 Every product has the same shape whatever the sizes, and a row of it does not depend on the others: this is what
-isolates rows to the bit.
+isolates rows to the bit. The gradient of the weights is a sum over rows, and takes longer blocks where they fit.
 """
 
 import jax
@@ -14,6 +14,7 @@ from jax import Array, lax
 
 MOST_ROWS = 64
 LEAST_ROWS = 8
+LONG = 256
 
 
 def unsupported(**_: object) -> str | None:
@@ -46,59 +47,70 @@ def _rows_times_group(x: Array, rhs: Array, group_sizes: Array, formula: str) ->
     """x (M, K) times its group's rhs (K, N) by `formula`; rows of no group give 0."""
     M, R = x.shape[0], _block_rows(x.shape[0], rhs.shape[0])
     wide = jnp.result_type(jnp.float32, x)
-    x = jnp.pad(x, ((0, R), (0, 0)))
     width = rhs.shape[2 if formula.endswith("n") else 1]
 
     def group(out: Array, xs: tuple[Array, Array, Array]) -> tuple[Array, None]:
         start, size, weight = xs
 
         def block(b: Array, out: Array) -> Array:
-            at = start + b * R
-            rows = jnp.einsum(formula, _cut(x, at, R), weight, preferred_element_type=wide)
-            return lax.dynamic_update_slice_in_dim(out, rows.astype(out.dtype), at, 0)
+            at = jnp.minimum(start + b * R, M - R)
+            rows = jnp.einsum(formula, _cut(x, at, R), weight, preferred_element_type=wide).astype(out.dtype)
+            rows = jnp.where(_mine(at, R, start, size), rows, _cut(out, at, R))
+            return lax.dynamic_update_slice_in_dim(out, rows, at, 0)
 
         return lax.fori_loop(0, _blocks(size, R), block, out), None
 
-    start, end = _bounds(group_sizes)
-    out, _ = lax.scan(group, jnp.zeros((M + R, width), x.dtype), (start, group_sizes, rhs))
-    return jnp.where((jnp.arange(M) < end[-1])[:, None], out[:M], 0)
+    out, _ = lax.scan(group, jnp.zeros((M, width), x.dtype), (_starts(group_sizes), group_sizes, rhs))
+    return out
 
 
 def _sums_over_groups(lhs: Array, d_out: Array, group_sizes: Array) -> Array:
     """lhs^T d_out of each group, (E, K, N)."""
-    R = _block_rows(lhs.shape[0], group_sizes.shape[0])
+    M, R = lhs.shape[0], _block_rows(lhs.shape[0], group_sizes.shape[0])
+    long = max(R, min(M, LONG))
     wide = jnp.result_type(jnp.float32, lhs)
-    lhs, d_out = (jnp.pad(x, ((0, R), (0, 0))) for x in (lhs, d_out))
 
     def group(_: None, xs: tuple[Array, Array]) -> tuple[None, Array]:
         start, size = xs
 
+        def product(rows_RK: Array, rows_RN: Array) -> Array:
+            return jnp.einsum("rk,rn->kn", rows_RK, rows_RN, preferred_element_type=wide)
+
+        def long_block(b: Array, total: Array) -> Array:
+            return total + product(*(_cut(x, start + b * long, long) for x in (lhs, d_out)))
+
         def block(b: Array, total: Array) -> Array:
-            at = start + b * R
-            mine_R1 = (b * R + jnp.arange(R) < size)[:, None]
-            rows_RK, rows_RN = (jnp.where(mine_R1, _cut(x, at, R), 0) for x in (lhs, d_out))
-            return total + jnp.einsum("rk,rn->kn", rows_RK, rows_RN, preferred_element_type=wide)
+            first = start + whole * long + b * R
+            at = jnp.minimum(first, M - R)
+            mine_R1 = _mine(at, R, first, start + size - first)
+            return total + product(*(jnp.where(mine_R1, _cut(x, at, R), 0) for x in (lhs, d_out)))
 
+        whole = size // long
         zero = jnp.zeros((lhs.shape[1], d_out.shape[1]), wide)
-        return None, lax.fori_loop(0, _blocks(size, R), block, zero)
+        total = lax.fori_loop(0, whole, long_block, zero)
+        return None, lax.fori_loop(0, _blocks(size - whole * long, R), block, total)
 
-    start, _ = _bounds(group_sizes)
-    return lax.scan(group, None, (start, group_sizes))[1]
+    return lax.scan(group, None, (_starts(group_sizes), group_sizes))[1]
 
 
 def _block_rows(M: int, E: int) -> int:
     """Rows a block: a power of two near the mean group, so that small groups do not waste a large block."""
     mean = -(-M // max(E, 1))
-    return min(MOST_ROWS, max(LEAST_ROWS, 1 << max(0, mean - 1).bit_length()))
+    return min(M, MOST_ROWS, max(LEAST_ROWS, 1 << max(0, mean - 1).bit_length()))
 
 
 def _blocks(size: Array, R: int) -> Array:
     return (size + R - 1) // R
 
 
-def _bounds(group_sizes: Array) -> tuple[Array, Array]:
-    end = jnp.cumsum(group_sizes).astype(group_sizes.dtype)
-    return end - group_sizes, end
+def _starts(group_sizes: Array) -> Array:
+    return jnp.cumsum(group_sizes).astype(group_sizes.dtype) - group_sizes
+
+
+def _mine(at: Array, R: int, start: Array, size: Array) -> Array:
+    """(R, 1): which of the rows from `at` on are among the `size` rows from `start` on."""
+    row_R1 = (at + jnp.arange(R))[:, None]
+    return (row_R1 >= start) & (row_R1 < start + size)
 
 
 def _cut(x: Array, at: Array, R: int) -> Array:

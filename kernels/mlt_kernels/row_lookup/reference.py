@@ -11,10 +11,11 @@ def unsupported(**_: Any) -> str | None:
 
 
 def run(*, table: Array, indices: Array, weights: Array | None) -> Array:
+    wide = jnp.result_type(jnp.float32, table, *(() if weights is None else (weights,)))
     found_TK = (indices >= 0) & (indices < table.shape[0])
-    rows_TKD = jnp.where(found_TK[..., None], table[jnp.where(found_TK, indices, 0)], 0)
+    # Widened before the gather, so that its gradient is summed wide.
+    rows_TKD = jnp.where(found_TK[..., None], table.astype(wide)[jnp.where(found_TK, indices, 0)], 0)
     if weights is None:
-        return rows_TKD
-    wide = jnp.result_type(jnp.float32, table, weights)
-    pooled_TD = (weights.astype(wide)[..., None] * rows_TKD.astype(wide)).sum(axis=1)
+        return rows_TKD.astype(table.dtype)
+    pooled_TD = (weights.astype(wide)[..., None] * rows_TKD).sum(axis=1)
     return pooled_TD.astype(jnp.result_type(table, weights))
