@@ -40,8 +40,8 @@ def rows(suite: str) -> list[Row]:
 
 def _cpu() -> list[Row]:
     f32 = jnp.float32
-    delta = {"B": 1, "H": 4, "K": 64, "V": 64, "dtype": f32}
-    add = {"B": 1, "H": 8, "K": 64, "V": 64, "dtype": f32}
+    delta: dict[str, Any] = {"B": 1, "H": 4, "K": 64, "V": 64, "dtype": f32}
+    add: dict[str, Any] = {"B": 1, "H": 8, "K": 64, "V": 64, "dtype": f32}
     return [
         recurrence("SSD B1 T2048 H8 P64 N64", "ssd", T=2048, **add),
         recurrence("SSD B1 T8192 H8 P64 N64", "ssd", T=8192, **add),
@@ -50,7 +50,7 @@ def _cpu() -> list[Row]:
         recurrence("gated delta B1 T2048 H4 D64", "gated_delta", T=2048, **delta),
         recurrence("gated delta B1 T2048 H4 packed", "gated_delta", T=2048, pack=True, **delta),
         recurrence("KDA B1 T2048 H4 D64", "kda", T=2048, **delta),
-        recurrence("mLSTM B1 T2048 H4 K64 V128", "mlstm", T=2048, **delta | {"V": 128}),
+        recurrence("mLSTM B1 T2048 H4 K64 V128", "mlstm", B=1, T=2048, H=4, K=64, V=128, dtype=f32),
         diagonal("RG-LRU B1 T2048 E512", B=1, T=2048, E=512, dtype=f32),
         selective("Mamba-1 B1 T1024 E256 N16", B=1, T=1024, E=256, N=16, dtype=f32),
         attention("attention B4 T1024 N4 H64", B=4, T=1024, N=4, H=64, dtype=f32),
@@ -77,8 +77,8 @@ def _mixers(B: int, T: int) -> list[Row]:
     d: dict[str, Any] = {"dtype": jnp.bfloat16}
     short_T = 2048 if T == 4096 else T
     size, short = f"B{B} T{_short(T)}", f"B{B} T{_short(short_T)}"
-    wide = {"B": B, "T": T, "H": 32, "K": 128, "V": 128, **d}
-    delta = wide | {"H": 32 if B > 1 else 16}
+    wide: dict[str, Any] = {"B": B, "T": T, "H": 32, "K": 128, "V": 128, **d}
+    delta: dict[str, Any] = wide | {"H": 32 if B > 1 else 16}
     return [
         recurrence(f"SSD {short} H64 P64 N128", "ssd", B=B, T=short_T, H=64, Hk=1, K=128, V=64, C=256, **d),
         recurrence(f"scalar decay {size} H32 D128", "simple_gla", **wide),
@@ -92,8 +92,8 @@ def _more_mixers(B: int, T: int) -> list[Row]:
     d: dict[str, Any] = {"dtype": jnp.bfloat16}
     short_T = 2048 if T == 4096 else T
     size, short = f"B{B} T{_short(T)}", f"B{B} T{_short(short_T)}"
-    wide = {"B": B, "T": T, "H": 32, "K": 128, "V": 128, **d}
-    heads = {"B": B, "T": short_T, "N": 32, "H": 128, **d}
+    wide: dict[str, Any] = {"B": B, "T": T, "H": 32, "K": 128, "V": 128, **d}
+    heads: dict[str, Any] = {"B": B, "T": short_T, "N": 32, "H": 128, **d}
     return [
         recurrence(f"vector decay {size} H32 D128", "gla", **wide),
         recurrence(f"mLSTM {size} H8 K256 V512", "mlstm", B=B, T=T, H=8, K=256, V=512, C=128, **d),

@@ -41,12 +41,16 @@ def keep_gradients(optimizer: optax.GradientTransformation) -> optax.GradientTra
 class MeshStep:
     """One compiled float32 train step of a config's model on a layout.
 
+    Args:
+        batch: rows that the layout can split.
+        quick: leave out LLVM's optimization on CPU devices, which takes most of the time; the program sends the same.
+
     Attributes:
         state: where it starts; the same values on every layout.
         compiled: (state, batch) -> (state, metrics), nothing donated.
     """
 
-    def __init__(self, config: RunConfig, layout: Layout, batch: dict[str, np.ndarray], *, seed: int = 0):
+    def __init__(self, config: RunConfig, layout: Layout, batch: dict[str, np.ndarray], *, seed: int = 0, quick: bool = False):
         self.rules = layout.rules(jax.devices()[: layout.num_devices])
         self.specs = describe_model(config)
         self.optimizer = keep_gradients(build_optimizer(config, self.specs))
@@ -56,7 +60,8 @@ class MeshStep:
         places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(self.specs, self.optimizer, self.rules))
         step = functools.partial(train_step, optimizer=self.optimizer, options=options)
         with jax.default_matmul_precision("highest"):
-            self.compiled = jax.jit(step, out_shardings=(places, None)).lower(self.state, self.batch).compile()
+            lowered = jax.jit(step, out_shardings=(places, None)).lower(self.state, self.batch)
+            self.compiled = lowered.compile({"xla_backend_optimization_level": 0} if quick else None)
 
     def __call__(self, state: TrainState | None = None) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """(metrics, gradients by name) of one step."""

@@ -1,4 +1,9 @@
-"""Eight simulated devices compute what one does: loss, metrics, gradients and one update of the quickstart's model."""
+"""Eight simulated devices compute what one does: loss, metrics, gradients and one update of the quickstart's model.
+
+`MLT_FULL=1` tries more layouts.
+"""
+
+import os
 
 import jax
 import numpy as np
@@ -15,13 +20,18 @@ from mlt.verify.mesh import MeshStep, compare
 CONFIG = "configs/quickstart.py"
 SMALL = {"width": "64", "sequence_length": "64", "batch_size": "8"}
 LAYOUTS = {
-    "data": {"replica": 2, "fsdp": 4, "zero": 1},
-    "fsdp_tensor": {"fsdp": 4, "tensor": 2},
     "tensor": {"replica": 2, "fsdp": 2, "tensor": 2, "zero": 2},
-    "expert": {"fsdp": 2, "expert": 4},
     "context": {"context": 8, "carry": "permute"},
     "all": {"fsdp": 2, "context": 2, "expert": 2, "carry": "ring", "attention": "zigzag"},
 }
+MORE = {
+    "data": {"replica": 2, "fsdp": 4, "zero": 1},
+    "fsdp_tensor": {"fsdp": 4, "tensor": 2},
+    "expert": {"fsdp": 2, "expert": 4},
+    "context_tensor": {"context": 4, "tensor": 2, "attention": "ring"},
+}
+if os.environ.get("MLT_FULL"):
+    LAYOUTS |= MORE
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +47,7 @@ def batch(config):
 
 @pytest.fixture(scope="module")
 def single(config, batch):
-    return MeshStep(config, Layout(), batch)
+    return MeshStep(config, Layout(), batch, quick=True)
 
 
 def assert_equal_steps(single: MeshStep, other: MeshStep, *, but: tuple[str, ...] = ()) -> None:
@@ -50,14 +60,15 @@ def assert_equal_steps(single: MeshStep, other: MeshStep, *, but: tuple[str, ...
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_equals_one_device(config, batch, single, name):
-    other = MeshStep(config, Layout(**LAYOUTS[name]), batch)
+    other = MeshStep(config, Layout(**LAYOUTS[name]), batch, quick=True)
     for (key, found), (_, value) in zip(named_leaves(other.state.model), named_leaves(single.state.model), strict=True):
         np.testing.assert_array_equal(found, value, err_msg=f"{key} starts elsewhere")
     assert_equal_steps(single, other)
 
 
 def test_micro_batches_equal_one_batch(config, batch, single):
-    other = MeshStep(config.replace(train=config.train.replace(grad_accumulation=4)), Layout(), batch)
+    micro = config.replace(train=config.train.replace(grad_accumulation=4))
+    other = MeshStep(micro, Layout(), batch, quick=True)
     # The imbalance of experts is a mean over micro-batches by definition.
     assert_equal_steps(single, other, but=("aux/max_violation",))
 
