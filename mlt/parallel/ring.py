@@ -114,6 +114,8 @@ def choose(*, tokens: int, heads: int, kv_heads: int, window: int | None, size: 
 
 def refusal(strategy: str, *, tokens: int, heads: int, kv_heads: int, window: int | None, size: int) -> str | None:
     """Why this strategy cannot run on this shape; None if it can."""
+    if strategy not in STRATEGIES:
+        return f"is none of {', '.join(STRATEGIES)}"
     if strategy == "window" and window is None:
         return "needs a window"
     if strategy == "zigzag" and tokens % (2 * size):

@@ -9,6 +9,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mlt.errors import UserError
 from mlt.nn.param import named_leaves
+from mlt.parallel.carry import EXCHANGES
+from mlt.parallel.ring import STRATEGIES
 
 LOGICAL_TO_MESH: dict[str, tuple[str, ...]] = {
     "batch": ("replica", "fsdp", "expert"),
@@ -45,8 +47,12 @@ class Rules:
     zero: int = 3
 
     def exchanging(self, how: str) -> "Rules":
-        """The same layout for a layer that crosses sequence shards in a way of its own, whichever kind of layer it is."""
-        return dataclasses.replace(self, carry=how, attention=how)
+        """The same layout for a layer that crosses sequence shards in a way of its own.
+
+        A name moves what it is a name for: states, keys and values, or ("gather", "ring") both.
+        """
+        states = how if how in EXCHANGES else self.carry
+        return dataclasses.replace(self, carry=states, attention=how if how in STRATEGIES else self.attention)
 
     def size(self, logical: str) -> int:
         """Number of shards along a logical axis."""

@@ -169,4 +169,5 @@ def test_a_strategy_that_cannot_run_says_why():
     assert ring.refusal("window", **shape) == "needs a window"
     assert "multiple of 2 * 8 tokens, got 4104" in ring.refusal("zigzag", **shape)
     assert "divide the 4 heads" in ring.refusal("heads", **shape)
+    assert "is none of gather, window" in ring.refusal("permute", **shape)
     assert ring.refusal("ring", **shape) is None

@@ -37,3 +37,12 @@ def test_sizes_that_do_not_divide_are_all_listed():
 def test_mesh_must_match_the_devices():
     with pytest.raises(UserError, match=r"fsdp=3 makes 3 devices, but 8 cpu"):
         Layout(fsdp=3).build()
+
+
+@pytest.mark.parametrize(
+    ("how", "carry", "attention"), [("permute", "permute", "heads"), ("zigzag", "gather", "zigzag"), ("ring", "ring", "ring")]
+)
+def test_a_layer_s_own_exchange_moves_only_what_it_names(how, carry, attention):
+    """A layer of states and a window does not turn its attention into something by the name of a carry."""
+    own = Layout(context=2, attention="heads").abstract_rules().exchanging(how)
+    assert (own.carry, own.attention) == (carry, attention)
