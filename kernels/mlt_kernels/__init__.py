@@ -9,6 +9,7 @@ from mlt_kernels.cross_entropy import cross_entropy
 from mlt_kernels.diagonal_recurrence import diagonal_recurrence
 from mlt_kernels.grouped_matmul import grouped_matmul
 from mlt_kernels.linear_recurrence import linear_recurrence
+from mlt_kernels.row_dot import row_dot
 from mlt_kernels.row_lookup import row_lookup
 from mlt_kernels.selective_scan import selective_scan
 from mlt_kernels.test_time_memory import test_time_memory
@@ -20,6 +21,7 @@ __all__ = [
     "diagonal_recurrence",
     "grouped_matmul",
     "linear_recurrence",
+    "row_dot",
     "row_lookup",
     "selective_scan",
     "test_time_memory",

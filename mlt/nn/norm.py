@@ -13,6 +13,13 @@ def rms_normalize(x: jax.Array, *, eps: float) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
+def layer_normalize(x: jax.Array, *, eps: float) -> jax.Array:
+    """(x - mean(x)) / sqrt(var(x) + eps) over the last dim, returned in float32 (arXiv 1607.06450)."""
+    x = x.astype(jnp.float32)
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+
+
 def l2_normalize(x: jax.Array, *, eps: float = 1e-6) -> jax.Array:
     """x / sqrt(sum(x^2) + eps) over the last dim, computed in float32, returned in the input's type."""
     x32 = x.astype(jnp.float32)

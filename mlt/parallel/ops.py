@@ -287,6 +287,28 @@ def row_lookup(
     return local(run, rules, (("memory", None), choice, choice), output)(table_MV, rows_BTK, weights_BTK)
 
 
+def row_dot(rules: Rules, table_MV: jax.Array, rows_BTK: jax.Array, x_BTV: jax.Array, **options: Any) -> jax.Array:
+    """`mlt_kernels.row_dot` of a table whose rows are split over `memory` shards, (B, T, K).
+
+    Each owner multiplies its rows with the vectors of all shards, and the products meet in a reduce-scatter: one number for
+    each row read, and no row moves.
+    """
+    shards = rules.size("memory")
+
+    def run(table, rows, x):
+        if shards == 1:
+            return mlt_kernels.row_dot(table, rows, x, **options)
+        axis = LOGICAL_TO_MESH["memory"]
+        rows, x = (jax.lax.all_gather(a, axis, axis=0, tiled=True) for a in (rows, x))
+        own = rows - jax.lax.axis_index(axis) * table.shape[0]
+        rows = jnp.where((rows >= 0) & (own >= 0) & (own < table.shape[0]), own, -1)
+        out = mlt_kernels.row_dot(table, rows, x, **options)
+        return jax.lax.psum_scatter(out, axis, scatter_dimension=0, tiled=True)
+
+    choice = (*TOKENS, None)
+    return local(run, rules, (("memory", None), choice, choice), choice)(table_MV, rows_BTK, x_BTV)
+
+
 def top_k(rules: Rules, x: jax.Array, k: int, axes: Axes) -> tuple[jax.Array, jax.Array]:
     """`jax.lax.top_k` along the last dim, which is whole; the partitioner would gather the others.
 

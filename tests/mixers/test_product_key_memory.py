@@ -9,7 +9,8 @@ import pytest
 from mlt_kernels.testing import assert_close, assert_same_bits, check_isolation, positions, segment_ids
 
 from mlt.mixers.base import BuildInfo, Context
-from mlt.mixers.channel.product_key_memory import ProductKeyMemory, best_pairs
+from mlt.mixers.channel.product_key_memory import ProductKeyMemory
+from mlt.mixers.product_keys import best_pairs
 from mlt.nn.param import initialize
 from mlt.parallel.rules import Rules
 
