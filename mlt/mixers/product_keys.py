@@ -38,28 +38,23 @@ class ProductKeyMixer(Mixer):
     """A mixer that reads the rows whose product keys its queries match best."""
 
     query: Linear
-    query_norm: RMSNorm
+    query_norm: RMSNorm | None
     keys: nnx.Param
 
-    def describe_keys(self, info: BuildInfo, *, num_keys: int, num_heads: int, key_dim: int, query_bias: bool = False) -> None:
-        """Describe the queries and the half keys.
-
-        Args:
-            num_keys: half keys of each kind; there are num_keys^2 rows.
-            num_heads: heads, each with queries and half keys of its own (H).
-            key_dim: width of a query, both halves together.
-            query_bias: a bias on the queries.
-        """
-        stream, heads = (("embed", info.d_model),), (("heads", num_heads), ("head_dim", key_dim))
-        self.query = Linear(stream, heads, bias=query_bias)
-        self.query_norm = RMSNorm(key_dim)
-        bound = key_dim**-0.5
-        shape = (2, num_heads, num_keys, key_dim // 2)
+    def describe_keys(self, info: BuildInfo, config: Any) -> None:
+        """Describe the queries and the half keys, by the config's num_keys, num_heads, key_dim, query_norm and bias."""
+        heads = (("heads", config.num_heads), ("head_dim", config.key_dim))
+        self.query = Linear((("embed", info.d_model),), heads, bias=config.bias)
+        self.query_norm = RMSNorm(config.key_dim) if config.query_norm else None
+        bound = config.key_dim**-0.5
+        shape = (2, config.num_heads, config.num_keys, config.key_dim // 2)
         self.keys = param(shape, (None, "heads", None, "head_dim"), uniform(-bound, bound), group="embedding")
 
     def best_rows(self, x_BTD: jax.Array, rules: Rules, num_selected: int) -> tuple[jax.Array, jax.Array]:
         """Rows that each head reads, best first, and their weights: (B, T, H, K) int32 and float32, K = num_selected."""
-        q_BTHK = self.query_norm(self.query(x_BTD))
+        q_BTHK = self.query(x_BTD)
+        if self.query_norm is not None:
+            q_BTHK = self.query_norm(q_BTHK)
         q = q_BTHK.reshape(*q_BTHK.shape[:-1], 2, q_BTHK.shape[-1] // 2)
         keys = self.keys[...].astype(q.dtype)
         scores = jnp.einsum("bthsk,shnk->sbthn", q, keys, preferred_element_type=jnp.float32)

@@ -26,6 +26,8 @@ class PEER(ChannelMixerConfig):
         num_heads: heads, each with queries and half keys of its own (H).
         key_dim: width of a query, both halves together.
         activation: of an expert's one neuron.
+        query_norm: RMSNorm on the queries.
+        bias: a bias on the queries.
         kernel: backend of the row lookup; None takes the best available, a name is strict.
     """
 
@@ -36,6 +38,8 @@ class PEER(ChannelMixerConfig):
     num_heads: int = 8
     key_dim: int = 256
     activation: Literal["relu", "relu2", "gelu", "silu"] = "gelu"
+    query_norm: bool = True
+    bias: bool = False
     kernel: str | None = None
 
     @property
@@ -68,7 +72,7 @@ class PEER(ChannelMixerConfig):
 class PEERMixer(ProductKeyMixer):
     def __init__(self, config: PEER, info: BuildInfo):
         self.config = config
-        self.describe_keys(info, num_keys=config.num_keys, num_heads=config.num_heads, key_dim=config.key_dim)
+        self.describe_keys(info, config)
         shape, axes = (config.num_experts, info.d_model), ("memory", None)
         self.up = param(shape, axes, fan_in(info.d_model), group="table")
         # Each token sums over H heads, whose weights sum to one.

@@ -18,8 +18,9 @@ class ProductKeyMemory(ChannelMixerConfig):
     """p = sum over heads and their best rows of softmax(score) * value; y = W_out (p * silu(W_gate x)).
 
     Product-key memory (arXiv 1907.05242) with the input gate of Memory+ (arXiv 2412.09764), and with RMSNorm on the
-    queries in place of batch statistics. Row i * num_keys + j has the key (first[i], second[j]), so its score is a sum
-    of two, and the best rows of num_keys^2 are found exactly from the best of each half.
+    queries in place of batch statistics (the released Memory+ has query_norm=False and bias=True). Row i * num_keys + j
+    has the key (first[i], second[j]), so its score is a sum of two, and the best rows of num_keys^2 are found exactly from
+    the best of each half.
 
     Attributes:
         num_keys: half keys of each kind; the table has num_keys^2 rows (M).
@@ -28,6 +29,8 @@ class ProductKeyMemory(ChannelMixerConfig):
         key_dim: width of a query, both halves together.
         value_dim: width of a row; None means d_model.
         gated: False is the plain form. Then y = p, with W_out only where value_dim is not d_model.
+        query_norm: RMSNorm on the queries.
+        bias: biases on the queries, the gate and the output.
         kernel: backend of the row lookup; None takes the best available, a name is strict.
     """
 
@@ -39,6 +42,8 @@ class ProductKeyMemory(ChannelMixerConfig):
     key_dim: int = 256
     value_dim: int | None = None
     gated: bool = True
+    query_norm: bool = True
+    bias: bool = False
     kernel: str | None = None
 
     @property
@@ -73,11 +78,11 @@ class ProductKeyMemory(ChannelMixerConfig):
 class ProductKeyMemoryMixer(ProductKeyMixer):
     def __init__(self, config: ProductKeyMemory, info: BuildInfo):
         self.config = config
-        self.describe_keys(info, num_keys=config.num_keys, num_heads=config.num_heads, key_dim=config.key_dim)
+        self.describe_keys(info, config)
         d, v = info.d_model, config.value_dim or info.d_model
         self.values = param((config.num_rows, v), ("memory", None), normal(v**-0.5), group="table")
-        self.gate = Linear((("embed", d),), (("ffn", v),)) if config.gated else None
-        out = Linear((("ffn", v),), (("embed", d),), init=fan_in(v, scale=info.residual_scale))
+        self.gate = Linear((("embed", d),), (("ffn", v),), bias=config.bias) if config.gated else None
+        out = Linear((("ffn", v),), (("embed", d),), init=fan_in(v, scale=info.residual_scale), bias=config.bias)
         self.output = out if config.gated or v != d else None
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
