@@ -289,3 +289,23 @@ def lookup(name: str, *, T: int, k: int, M: int, D: int, pooled: bool, dtype: An
         return lookup(name, T=min(T, 256), k=k, M=min(M, 2**14), D=D, pooled=pooled, dtype=dtype)
 
     return Row(name, "row_lookup", kind, sizes, draw, call, cost, small, bytes_too=True, dtype=dtype)
+
+
+def products(name: str, *, T: int, k: int, M: int, D: int, dtype: Any) -> Row:
+    """A row of `row_dot`: experts of one neuron."""
+
+    def draw(key: Array) -> Arrays:
+        t, i, x = jax.random.split(key, 3)
+        indices = jax.random.randint(i, (1, T, k), 0, M)
+        return {"table": jax.random.normal(t, (M, D), dtype), "indices": indices, "x": jax.random.normal(x, (1, T, D), dtype)}
+
+    def call(arrays: Arrays, *, implementation: Any = None) -> Array:
+        return mlt_kernels.row_dot(**arrays, implementation=implementation)
+
+    def small() -> Row:
+        return products(name, T=min(T, 256), k=k, M=min(M, 2**14), D=D, dtype=dtype)
+
+    # The bytes and products are those of pooling as many rows, the other way round.
+    cost = floor.row_lookup(rows=T * k, D=D, out=T, item=jnp.dtype(dtype).itemsize, pooled=True)
+    sizes = {"T": T, "k": k, "M": M, "D": D}
+    return Row(name, "row_dot", "products", sizes, draw, call, cost, small, bytes_too=True, dtype=dtype)

@@ -21,6 +21,7 @@ from mlt.bench.rows import (
     experts,
     lookup,
     loss,
+    products,
     recurrence,
     selective,
 )
@@ -60,6 +61,7 @@ def _cpu() -> list[Row]:
         loss("cross-entropy T2048 D256 V32768", T=2048, D=256, V=32768, dtype=f32),
         lookup("PKM T2048 4x32 of 65536 x 256", T=2048, k=128, M=65536, D=256, pooled=True, dtype=f32),
         lookup("Engram T4096 16 of 65536 x 80", T=4096, k=16, M=65536, D=80, pooled=False, dtype=f32),
+        products("PEER T2048 8x16 of 65536 x 256", T=2048, k=128, M=65536, D=256, dtype=f32),
     ]
 
 
@@ -116,6 +118,7 @@ def _by_tokens(tokens: int | None) -> list[Row]:
         experts(f"experts T{_short(moe)} E64 K2 D2048 F1408", T=moe, E=64, top=2, D=2048, F=1408, **d),
         loss(f"cross-entropy T{_short(ce)} D2048 V131072", T=ce, D=2048, V=131072, **d),
         lookup(f"PKM T{_short(pkm)} 4x32 of 2^20 x 1024", T=pkm, k=128, M=2**20, D=1024, pooled=True, **d),
+        products(f"PEER T{_short(pkm)} 8x16 of 2^20 x 1024", T=pkm, k=128, M=2**20, D=1024, **d),
         lookup(f"Engram T{_short(engram)} 2x8 of 2^20 x 80", T=engram, k=16, M=2**20, D=80, pooled=False, **d),
     ]
 

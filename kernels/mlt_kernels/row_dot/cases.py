@@ -27,7 +27,7 @@ TESTS: dict[str, Case] = {
 
 BENCHES: dict[str, Case] = {
     "cpu_experts": Case(M=65536, D=256, tokens=(1, 2048), K=128),
-    "experts": Case(M=2**20, D=2048, tokens=(2, 8192), K=128),
+    "experts": Case(M=2**20, D=1024, tokens=(2, 8192), K=128),
 }
 
 
