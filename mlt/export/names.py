@@ -10,10 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from mlt.model.edges import PARTS, SCANNED
 from mlt.model.lm import LMConfig
 from mlt.nn.param import named_leaves, path_name
 
-_STACK = re.compile(r"stack\.(head|period|tail)\.(\d+)\.(.+)")
+_STACK = re.compile(rf"stack\.({'|'.join(PARTS)})\.(\d+)\.(.+)")
+_SCANNED = tuple(f"stack.{part}." for part in SCANNED)
 
 
 def layer_names(config: LMConfig, name: str) -> list[str]:
@@ -23,11 +25,8 @@ def layer_names(config: LMConfig, name: str) -> list[str]:
         return [name]
     part, index, rest = match[1], int(match[2]), match[3]
     stack = config.stack
-    if part == "head":
-        return [f"layers.{index}.{rest}"]
-    if part == "tail":
-        return [f"layers.{stack.num_layers - len(stack.tail) + index}.{rest}"]
-    return [f"layers.{len(stack.head) + repeat * len(stack.period) + index}.{rest}" for repeat in range(stack.repeats)]
+    first = sum(len(getattr(stack, before)) * stack.times(before) for before in PARTS[: PARTS.index(part)])
+    return [f"layers.{first + repeat * len(getattr(stack, part)) + index}.{rest}" for repeat in range(stack.times(part))]
 
 
 def to_tensors(config: LMConfig, model: Any) -> dict[str, np.ndarray]:
@@ -36,7 +35,7 @@ def to_tensors(config: LMConfig, model: Any) -> dict[str, np.ndarray]:
     for name, leaf in named_leaves(model):
         array = np.asarray(leaf)
         names = layer_names(config, name)
-        parts = array if _STACK.fullmatch(name) and name.startswith("stack.period.") else [array]
+        parts = array if _STACK.fullmatch(name) and name.startswith(_SCANNED) else [array]
         tensors |= dict(zip(names, (np.ascontiguousarray(part) for part in parts), strict=True))
     return tensors
 
@@ -52,5 +51,5 @@ def from_tensors(config: LMConfig, specs: Any, tensors: dict[str, np.ndarray]) -
     for path, _ in flat:
         name = path_name(path)
         parts = [tensors[exported] for exported in layer_names(config, name)]
-        leaves.append(np.stack(parts) if name.startswith("stack.period.") else parts[0])
+        leaves.append(np.stack(parts) if name.startswith(_SCANNED) else parts[0])
     return jax.tree_util.tree_unflatten(treedef, [jax.numpy.asarray(leaf) for leaf in leaves])

@@ -22,6 +22,12 @@ Aux = dict[str, jax.Array]
 """Small facts about one call. Keys say how to reduce them over micro-batches and what they are for:
 `loss/x` is added to the training loss, `metric/x` is averaged and logged, `count/x` (per expert) is summed."""
 
+Arrays = dict[str, jax.Array]
+"""One published value: arrays by the names of its parts."""
+
+EMBEDDING = "embedding"
+"""The name under which every stack publishes the stream that enters it, as `{"stream": (B, T, D)}`."""
+
 SAVE_POINTS = (
     "sub_layer_in",
     "mixer_out",
@@ -33,6 +39,7 @@ SAVE_POINTS = (
     "expert_in",
     "expert_hidden",
     "memory_out",
+    "published",
 )
 """The closed list of tensors that a memory policy may name (`model/remat.py`)."""
 
@@ -55,6 +62,8 @@ class Context:
         positions: (B, T) int32, restarting at 0 with each segment.
         rules: where arrays live on the mesh.
         train: False turns off everything that only training wants.
+        published: what earlier layers published, by name; a mixer gets the names that its config reads.
+        shared: modules whose parameters several layers use, by name; a mixer gets the names that its config shares.
     """
 
     token_ids: jax.Array
@@ -62,11 +71,30 @@ class Context:
     positions: jax.Array
     rules: Rules = dataclasses.field(metadata={"static": True})
     train: bool = dataclasses.field(metadata={"static": True})
+    published: Mapping[str, "Arrays"] = dataclasses.field(default_factory=dict)
+    shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def is_token(self) -> jax.Array:
         """(B, T) bool: False at padding."""
         return self.segment_ids != 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One array of a published value, as a whole row has it.
+
+    Attributes:
+        shape: sizes behind (B, T).
+        axes: logical axis of each.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+
+
+Published = dict[str, Part]
+"""What one published value consists of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +132,14 @@ class Mixer(nnx.Module):
         """Continue from `state` with T more tokens; (y, state). T > 1 is a prefill. Stateless mixers just call."""
         return self(x_BTD, ctx)[0], state
 
+    def call_and_publish(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux, dict[str, Arrays]]:
+        """The call, and the values that its config says it publishes. Mixers that publish override it."""
+        return *self(x_BTD, ctx), {}
+
+    def step_and_publish(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any, dict[str, Arrays]]:
+        """The step, and what it publishes: values of these T tokens, or whatever readers agree on with the publisher."""
+        return *self.step(x_BTD, state, ctx), {}
+
     def updated(self, aux: Mapping[str, jax.Array]) -> "Mixer":
         """This mixer with its buffers moved on after an optimizer step, given the step's summed aux."""
         return self
@@ -130,8 +166,25 @@ class MixerConfig(Config):
     def state_size(self, d_model: int, seq_len: int) -> int:
         """Values kept per sequence while decoding after `seq_len` tokens."""
 
+    def publishes(self, d_model: int) -> Mapping[str, Published]:
+        """Values that later layers may read, by name."""
+        return {}
+
+    def reads(self, d_model: int) -> Mapping[str, Published]:
+        """Values of earlier layers that the mixer reads, by name, and what it takes them to consist of."""
+        return {}
+
+    def shares(self) -> Mapping[str, Config]:
+        """Parts whose parameters every layer that names them uses: kept, counted and drawn once, by name. A part is a config
+        with a `build(info)`; its module holds no buffers. The costs of using it, and the state of the use, are the mixer's.
+        """
+        return {}
+
     def inactive_params(self, d_model: int) -> int:
-        """Trained values that one token's forward pass does not touch: experts and table rows left out."""
+        """Trained values that one token's forward pass does not touch: experts and table rows left out.
+
+        The rows of a shared table all count as untouched, once; a mixer takes those off that it reads.
+        """
         return 0
 
     def param_count(self, info: BuildInfo) -> int:
@@ -141,6 +194,11 @@ class MixerConfig(Config):
     @abstractmethod
     def example(cls) -> tuple["MixerConfig", BuildInfo]:
         """A small instance and a width to build it for; the conformance suite runs every test on it."""
+
+    @classmethod
+    def example_publishers(cls) -> tuple["MixerConfig", ...]:
+        """Layers to put in front of the example, which publish what it reads."""
+        return ()
 
 
 class SequenceMixerConfig(MixerConfig):

@@ -17,7 +17,7 @@ from mlt_kernels.linear_recurrence.reference import EMPTY_LOG_SCALE
 
 from mlt.errors import UserError
 from mlt.mixers import cache
-from mlt.mixers.base import Aux, Context, Mixer, resume_segment
+from mlt.mixers.base import Arrays, Aux, Context, Mixer, Part, Published, resume_segment
 from mlt.mixers.conv import CausalConv
 from mlt.parallel import ops, sequence
 from mlt.parallel.local import CHANNELS, KV_HEADS, Q_HEADS, TOKENS, Axes, local
@@ -31,10 +31,17 @@ class Row:
     Attributes:
         ctx: what the call knows of its tokens.
         exchange: how states of recurrences cross sequence shards; None takes the layout's choice.
+        published: what the layer has handed to later ones.
     """
 
     def __init__(self, ctx: Context, exchange: str | None = None):
         self.ctx, self.exchange = ctx, exchange
+        self.published: dict[str, Arrays] = {}
+
+    def publish(self, name: str | None, **parts: jax.Array) -> None:
+        """Hand arrays of these tokens to later layers under this name; None hands over nothing."""
+        if name is not None:
+            self.published[name] = parts
 
     def conv(self, name: str, conv: CausalConv, x: jax.Array) -> jax.Array:
         """The convolution `conv`, whose halo the decoding state keeps as `name`."""
@@ -214,6 +221,18 @@ class RecurrentMixer(Mixer):
         return self.mix(x_BTD, row), row.new
 
 
+class PublishingMixer(RecurrentMixer):
+    """A recurrent mixer whose `mix` may publish, through its row."""
+
+    def call_and_publish(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux, dict[str, Arrays]]:
+        row = Row(ctx, self.config.exchange)
+        return self.mix(x_BTD, row), {}, row.published
+
+    def step_and_publish(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any, dict[str, Arrays]]:
+        row = Continuation(state, self.init_state(x_BTD.shape[0], 1, x_BTD.dtype), ctx)
+        return self.mix(x_BTD, row), row.new, row.published
+
+
 def empty_state(batch: int, dtype: jnp.dtype, convs: dict[str, CausalConv] | None = None, **memories: Any) -> dict[str, Any]:
     """Decoding state before the first token.
 
@@ -235,6 +254,11 @@ def empty_normalized(batch: int, heads: int, keys: int, values: int) -> Normaliz
         jnp.zeros((batch, heads, keys), jnp.float32),
         jnp.full((batch, heads), EMPTY_LOG_SCALE, jnp.float32),
     )
+
+
+def published_memory(name: str | None, channels: int) -> dict[str, Published]:
+    """What a recurrence publishes that hands its read-out, before gate and norm, to later layers as `memory`."""
+    return {} if name is None else {name: {"memory": Part((channels,), ("heads",))}}
 
 
 def _attend(q_BTNH, positions_BT, segment_ids_BT, keys, options):

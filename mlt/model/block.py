@@ -1,7 +1,7 @@
 """A block: an ordered list of residual sub-layers, each a norm and a mixer."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from flax import nnx
 
 from mlt.config.base import Config
 from mlt.config.problems import Problem
-from mlt.mixers.base import Aux, BuildInfo, Context, MixerConfig, save_point
+from mlt.mixers.base import Arrays, Aux, BuildInfo, Context, MixerConfig, save_point
 from mlt.model.remat import Remat
 from mlt.nn.norm import RMSNorm
 
@@ -52,17 +52,34 @@ class SubLayer(nnx.Module):
         self.post_norm = RMSNorm(info.d_model, **norm) if config.post_norm else None
         self.residual_scale = config.residual_scale
         self.exchange = getattr(mixer, "exchange", None)
+        published = mixer.publishes(info.d_model)
+        self.axes = tuple((name, tuple((n, part.axes) for n, part in parts.items())) for name, parts in published.items())
+        self.reads, self.shares = tuple(mixer.reads(info.d_model)), tuple(mixer.shares())
 
-    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux, dict[str, Arrays]]:
         x_BTD = save_point(x_BTD, "sub_layer_in")
+        ctx = self._own(ctx, lambda value: save_point(value, "published"))
         if self.exchange is not None:
             ctx = dataclasses.replace(ctx, rules=ctx.rules.exchanging(self.exchange))
-        y_BTD, aux = self.mixer(x_BTD if self.norm is None else self.norm(x_BTD), ctx)
-        return self._add(x_BTD, save_point(y_BTD, "mixer_out"), ctx), aux
+        y_BTD, aux, published = self.mixer.call_and_publish(x_BTD if self.norm is None else self.norm(x_BTD), ctx)
+        return self._add(x_BTD, save_point(y_BTD, "mixer_out"), ctx), aux, self._laid_out(published, ctx)
 
-    def step(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any]:
-        y_BTD, state = self.mixer.step(x_BTD if self.norm is None else self.norm(x_BTD), state, ctx)
-        return self._add(x_BTD, y_BTD, ctx), state
+    def step(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any, dict[str, Arrays]]:
+        inner = self._own(ctx, lambda value: value)
+        y_BTD, state, published = self.mixer.step_and_publish(x_BTD if self.norm is None else self.norm(x_BTD), state, inner)
+        return self._add(x_BTD, y_BTD, ctx), state, {name: published[name] for name, _ in self.axes}
+
+    def _own(self, ctx: Context, each: Callable[[jax.Array], jax.Array]) -> Context:
+        """The context with what the mixer declares to read and share, and nothing else of its kind."""
+        published = {name: jax.tree.map(each, ctx.published[name]) for name in self.reads}
+        return dataclasses.replace(ctx, published=published, shared={name: ctx.shared[name] for name in self.shares})
+
+    def _laid_out(self, published: dict[str, Arrays], ctx: Context) -> dict[str, Arrays]:
+        constrain = ctx.rules.constrain
+        return {
+            name: {part: constrain(published[name][part], ("batch", "seq", *axes)) for part, axes in parts}
+            for name, parts in self.axes
+        }
 
     def _add(self, x_BTD, y_BTD, ctx):
         if self.post_norm is not None:
@@ -73,23 +90,32 @@ class SubLayer(nnx.Module):
 
 
 class BlockModule(nnx.Module):
+    """Runs its sub-layers. What they publish is in the context that is handed back."""
+
     def __init__(self, config: Block, info: BuildInfo):
         self.sub_layers = nnx.List([SubLayer(mixer, config, info) for mixer in config.mixers])
 
-    def __call__(self, x_BTD: jax.Array, ctx: Context, remat: Remat, *, in_loop: bool) -> tuple[jax.Array, list[Aux]]:
+    def __call__(self, x_BTD: jax.Array, ctx: Context, remat: Remat, *, in_loop: bool) -> tuple[jax.Array, list[Aux], Context]:
         auxes = []
         for sub_layer in self.sub_layers:
             run = remat.apply(lambda layer, x, c: layer(x, c), in_loop=in_loop)
-            x_BTD, aux = run(sub_layer, x_BTD, ctx)
+            x_BTD, aux, published = run(sub_layer, x_BTD, ctx)
             auxes.append(aux)
-        return x_BTD, auxes
+            ctx = with_published(ctx, published)
+        return x_BTD, auxes, ctx
 
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> list[Any]:
         return [layer.mixer.init_state(batch, max_length, dtype) for layer in self.sub_layers]
 
-    def step(self, x_BTD: jax.Array, states: list[Any], ctx: Context) -> tuple[jax.Array, list[Any]]:
+    def step(self, x_BTD: jax.Array, states: list[Any], ctx: Context) -> tuple[jax.Array, list[Any], Context]:
         new = []
         for layer, state in zip(self.sub_layers, states, strict=True):
-            x_BTD, state = layer.step(x_BTD, state, ctx)
+            x_BTD, state, published = layer.step(x_BTD, state, ctx)
             new.append(state)
-        return x_BTD, new
+            ctx = with_published(ctx, published)
+        return x_BTD, new, ctx
+
+
+def with_published(ctx: Context, published: dict[str, Arrays]) -> Context:
+    """The context for the layers behind those that published this."""
+    return dataclasses.replace(ctx, published={**ctx.published, **published}) if published else ctx

@@ -2,6 +2,9 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+
 from mlt.model.lm import LM, LMConfig
 from mlt.nn.param import ParamSpec, named_leaves
 
@@ -38,8 +41,21 @@ def count(config: LMConfig, model: LM, seq_len: int) -> Count:
     flops = sum(mixer.flops_per_token(config.d_model, seq_len) for mixer in mixers)
     flops += 2 * config.d_model * config.vocab_size
     inactive = sum(mixer.inactive_params(config.d_model) for mixer in mixers)
+    # Of a table that layers share, each takes off what it reads.
+    inactive += sum(spec.size for _, spec in named_leaves(model.stack.shared) if spec.group == "table")
     state = sum(mixer.state_size(config.d_model, seq_len) for mixer in mixers)
     return Count(params, tables, params - inactive, flops, state)
+
+
+def decoding_bytes(model: LM, seq_len: int, dtype: str = "bfloat16") -> int:
+    """Bytes of everything that decoding keeps for one sequence of up to `seq_len` tokens, with a stream of this type.
+
+    Args:
+        model: the described tree.
+    """
+    abstract = jax.tree.map(lambda spec: spec.abstract(), model)
+    state = jax.eval_shape(lambda model: model.init_state(1, seq_len, jnp.dtype(dtype)), abstract)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def parameter_table(model: LM) -> list[tuple[str, str, str, str, str]]:

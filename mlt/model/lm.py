@@ -12,6 +12,7 @@ from mlt.config.base import Config
 from mlt.config.problems import Problem
 from mlt.mixers.base import BuildInfo, Context
 from mlt.model.block import STREAM
+from mlt.model.edges import edge_problems
 from mlt.model.remat import Remat
 from mlt.model.stack import Stack, StackAux
 from mlt.nn.embed import Embedding
@@ -54,6 +55,7 @@ class LMConfig(Config):
                 yield Problem(name, getattr(self, name), "must be at least 1")
         if self.logit_softcap is not None and self.logit_softcap <= 0:
             yield Problem("logit_softcap", self.logit_softcap, "must be positive", "None turns it off")
+        yield from (problem.under("stack") for problem in edge_problems(self.stack, self.d_model))
 
     def info(self, token_strings: tuple[str, ...] | None = None) -> BuildInfo:
         """What the mixers may know of this model."""

@@ -46,7 +46,7 @@ class Remat(Config):
         """One line per save point, for the plan."""
         if self.mode == "none":
             return ["every intermediate is saved on the device"]
-        fate = dict.fromkeys(SAVE_POINTS, "recompute") | {"sub_layer_in": "save"}
+        fate = dict.fromkeys(SAVE_POINTS, "recompute") | {"sub_layer_in": "save", "published": "save"}
         fate |= dict.fromkeys(self.save, "save") | dict.fromkeys(self.offload, "offload to pinned host")
         return [f"{name}: {what}" for name, what in fate.items()]
 

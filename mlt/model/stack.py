@@ -1,10 +1,13 @@
-"""The stack: a head and a tail of blocks, and between them a period of blocks repeated by one `lax.scan`.
+"""The stack: a head and a tail of blocks, and between them a period of blocks repeated by one `lax.scan`, or two of them.
 
-Every block of the period has its own parameters in every repeat; only the program is shared. A hybrid of any depth
-therefore compiles one period, not one program per layer.
+Every block of a period has its own parameters in every repeat; only the program is shared. A hybrid of any depth
+therefore compiles one period, not one program per layer. Decoders of two halves (YOCO, SambaY) have an upper period.
+
+Layers may publish values to later ones and share parameters (`model/edges.py` has the rules). Published values travel in
+the context, from layer to layer beside the stream; shared modules are kept once, under `shared`.
 """
 
-import functools
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +17,9 @@ from flax import nnx
 
 from mlt.config.base import Config
 from mlt.config.problems import Problem
-from mlt.mixers.base import Aux, BuildInfo, Context, MixerConfig
-from mlt.model.block import Block, BlockModule
+from mlt.mixers.base import EMBEDDING, BuildInfo, Context, MixerConfig
+from mlt.model.block import Block, BlockModule, with_published
+from mlt.model.edges import PARTS, SCANNED, UNROLLED, carried, shared_parts
 from mlt.model.remat import Remat
 from mlt.nn.param import stack_specs
 
@@ -24,38 +28,49 @@ StackAux = dict[str, Any]
 
 
 class Stack(Config):
-    """num_layers = len(head) + repeats * len(period) + len(tail).
+    """num_layers = len(head) + repeats * len(period) + len(middle) + upper_repeats * len(upper) + len(tail), in this order.
 
     Attributes:
         head: unrolled blocks in front.
         period: blocks repeated by scan.
         repeats: how often.
+        middle: unrolled blocks behind them.
+        upper: a second period, repeated by a scan of its own.
+        upper_repeats: how often.
         tail: unrolled blocks behind.
     """
 
     head: tuple[Block, ...] = ()
     period: tuple[Block, ...] = ()
     repeats: int = 1
+    middle: tuple[Block, ...] = ()
+    upper: tuple[Block, ...] = ()
+    upper_repeats: int = 1
     tail: tuple[Block, ...] = ()
 
     @property
     def num_layers(self) -> int:
-        return len(self.head) + self.repeats * len(self.period) + len(self.tail)
+        return len(self.layers())
 
     def layers(self) -> list[Block]:
         """Every block in depth order."""
-        return [*self.head, *self.period * self.repeats, *self.tail]
+        return [block for part in PARTS for block in getattr(self, part) * self.times(part)]
+
+    def times(self, part: str) -> int:
+        """How often the blocks of a part are run."""
+        return {"period": self.repeats, "upper": self.upper_repeats}.get(part, 1)
 
     def mixers(self) -> list[MixerConfig]:
         """Every mixer in depth order."""
         return [mixer for block in self.layers() for mixer in block.mixers]
 
     def problems(self) -> Iterator[Problem]:
-        if self.repeats < 1:
-            yield Problem("repeats", self.repeats, "must be at least 1", "empty the period to have no scanned blocks")
-        if not (self.head or self.period or self.tail):
+        for name in ("repeats", "upper_repeats"):
+            if getattr(self, name) < 1:
+                yield Problem(name, getattr(self, name), "must be at least 1", "empty the period to have no scanned blocks")
+        if not any(getattr(self, part) for part in PARTS):
             yield Problem("period", (), "the stack has no blocks")
-        for name in ("head", "tail"):
+        for name in UNROLLED:
             count = len(getattr(self, name))
             if count > MAX_UNROLLED:
                 rule = f"holds {count} unrolled blocks; more than {MAX_UNROLLED} compile slowly"
@@ -66,53 +81,89 @@ class Stack(Config):
 
 
 class StackModule(nnx.Module):
+    """Attributes:
+    shared: modules that several layers use, closed over by the scan: one gradient, the sum over their uses.
+    """
+
     def __init__(self, config: Stack, info: BuildInfo):
         self.config = config
-        self.head = nnx.List([block.build(info) for block in config.head])
-        self.period = nnx.List([stack_specs(block.build(info), config.repeats) for block in config.period])
-        self.tail = nnx.List([block.build(info) for block in config.tail])
+        for part in PARTS:
+            blocks = [block.build(info) for block in getattr(config, part)]
+            setattr(self, part, nnx.List([stack_specs(b, config.times(part)) for b in blocks] if part in SCANNED else blocks))
+        self.shared = nnx.Dict({name: part.build(info) for name, part in shared_parts(config).items()})
+        self.carried = tuple((part, carried(config, part, info.d_model)) for part in SCANNED)
 
     def __call__(self, x_BTD: jax.Array, ctx: Context, remat: Remat) -> tuple[jax.Array, StackAux]:
-        def run(x: jax.Array, blocks: list[BlockModule], in_loop: bool = False) -> tuple[jax.Array, list[list[Aux]]]:
-            return _run(blocks, x, lambda block, x: block(x, ctx, remat, in_loop=in_loop))
+        ctx, auxes = self._entering(x_BTD, ctx), {}
+        for part in PARTS:
+            in_loop = part in SCANNED and self.config.times(part) > 1
 
-        period = functools.partial(run, in_loop=self.config.repeats > 1)
-        x_BTD, head = run(x_BTD, list(self.head))
-        x_BTD, scanned = jax.lax.scan(period, x_BTD, list(self.period)) if self.period else (x_BTD, [])
-        x_BTD, tail = run(x_BTD, list(self.tail))
-        return x_BTD, {"head": head, "period": scanned, "tail": tail}
+            def run(block: BlockModule, x: jax.Array, ctx: Context, in_loop: bool = in_loop) -> tuple[jax.Array, Any, Context]:
+                return block(x, ctx, remat, in_loop=in_loop)
+
+            x_BTD, auxes[part], ctx = self._run(part, run, list(getattr(self, part)), x_BTD, ctx)
+        return x_BTD, auxes
 
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> dict[str, Any]:
-        """Decoding state of every layer; that of the period is stacked over repeats."""
-        make = lambda blocks: [block.init_state(batch, max_length, dtype) for block in blocks]  # noqa: E731
-        repeat = lambda value: jnp.broadcast_to(value, (self.config.repeats, *value.shape))  # noqa: E731
-        return {"head": make(self.head), "period": jax.tree.map(repeat, make(self.period)), "tail": make(self.tail)}
+        """Decoding state of every layer; that of a period is stacked over repeats."""
+
+        def make(part: str) -> list[Any]:
+            states = [block.init_state(batch, max_length, dtype) for block in getattr(self, part)]
+            times = self.config.times(part)
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (times, *x.shape)), states) if part in SCANNED else states
+
+        return {part: make(part) for part in PARTS}
 
     def step(self, x_BTD: jax.Array, states: dict[str, Any], ctx: Context) -> tuple[jax.Array, dict[str, Any]]:
-        def period(x: jax.Array, pair: tuple[list[BlockModule], list[Any]]) -> tuple[jax.Array, list[Any]]:
-            pairs = list(zip(*pair, strict=True))
-            return _run(pairs, x, lambda pair, x: pair[0].step(x, pair[1], ctx))
+        def run(pair: tuple[BlockModule, Any], x: jax.Array, ctx: Context) -> tuple[jax.Array, Any, Context]:
+            return pair[0].step(x, pair[1], ctx)
 
-        x_BTD, head = period(x_BTD, (list(self.head), states["head"]))
-        pair = (list(self.period), states["period"])
-        x_BTD, scanned = jax.lax.scan(period, x_BTD, pair) if self.period else (x_BTD, [])
-        x_BTD, tail = period(x_BTD, (list(self.tail), states["tail"]))
-        return x_BTD, {"head": head, "period": scanned, "tail": tail}
+        ctx, new = self._entering(x_BTD, ctx), {}
+        for part in PARTS:
+            pairs = list(zip(getattr(self, part), states[part], strict=True))
+            x_BTD, new[part], ctx = self._run(part, run, pairs, x_BTD, ctx)
+        return x_BTD, new
+
+    def _entering(self, x_BTD: jax.Array, ctx: Context) -> Context:
+        """The context in front of the first layer."""
+        return dataclasses.replace(ctx, published={EMBEDDING: {"stream": x_BTD}}, shared=dict(self.shared))
+
+    def _run(self, part: str, run: Any, items: list[Any], x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Any, Context]:
+        """`run` over the items of a part, once or by a scan.
+
+        What was published in front of a scan is a constant of it. Of what its own layers publish, it carries what a later
+        part reads, and that gets the last repeat's.
+        """
+        if part not in SCANNED or not items:
+            return _in_turn(items, x_BTD, ctx, run)
+        names = dict(self.carried)[part]
+
+        def period(carry: tuple[jax.Array, Any], items: list[Any]) -> tuple[tuple[jax.Array, Any], list[Any]]:
+            x, outputs, inner = _in_turn(items, carry[0], ctx, run)
+            return (x, {name: inner.published[name] for name in names}), outputs
+
+        kept: Any = {}
+        if names:
+            once = jax.tree.map(lambda leaf: leaf[0], items)
+            shapes = jax.eval_shape(lambda x, items: period((x, None), items)[0][1], x_BTD, once)
+            kept = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        (x_BTD, kept), scanned = jax.lax.scan(period, (x_BTD, kept), items)
+        return x_BTD, scanned, with_published(ctx, kept)
 
     def updated(self, aux: StackAux) -> "StackModule":
         """The stack with every mixer's buffers moved on by the step's aux."""
         new = jax.tree.map(lambda leaf: leaf, self)
-        for part in ("head", "period", "tail"):
+        for part in PARTS:
             for block, block_aux in zip(getattr(new, part), aux[part], strict=True):
                 for layer, layer_aux in zip(block.sub_layers, block_aux, strict=True):
                     move = lambda mixer, a: mixer.updated(a)  # noqa: E731
-                    layer.mixer = (jax.vmap(move) if part == "period" else move)(layer.mixer, layer_aux)
+                    layer.mixer = (jax.vmap(move) if part in SCANNED else move)(layer.mixer, layer_aux)
         return new
 
 
-def _run(items, x, apply):
+def _in_turn(items, x, ctx, apply):
     outputs = []
     for item in items:
-        x, out = apply(item, x)
+        x, out, ctx = apply(item, x, ctx)
         outputs.append(out)
-    return x, outputs
+    return x, outputs, ctx

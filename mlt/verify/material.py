@@ -5,6 +5,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from mlt.mixers.base import Aux, BuildInfo, Context, Mixer, MixerConfig
+from mlt.model.block import Block
+from mlt.model.remat import Remat
+from mlt.model.stack import Stack
 from mlt.nn.param import merge, partition
 
 
@@ -14,6 +18,31 @@ def lively(model: Any, seed: int, *, std: float = 0.05) -> Any:
     rng = np.random.default_rng(seed)
     noisy = jax.tree.map(lambda leaf: leaf + std * rng.standard_normal(leaf.shape, np.float32), trained)
     return merge(noisy, buffers)
+
+
+class Company(Mixer):
+    """A mixer behind the layers that publish what it reads, as one mixer."""
+
+    def __init__(self, config: MixerConfig, info: BuildInfo):
+        blocks = tuple(Block(mixers=(mixer,)) for mixer in (*type(config).example_publishers(), config))
+        self.stack = Stack(head=blocks).build(info)
+
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
+        y_BTD, aux = self.stack(x_BTD, ctx, Remat(mode="none"))
+        return y_BTD, {name: value for block in aux["head"] for own in block for name, value in own.items()}
+
+    def init_state(self, batch: int, max_length: int, dtype: Any) -> Any:
+        return self.stack.init_state(batch, max_length, dtype)
+
+    def step(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any]:
+        return self.stack.step(x_BTD, state, ctx)
+
+
+def described(config: MixerConfig, info: BuildInfo) -> tuple[Mixer, tuple[MixerConfig, ...]]:
+    """A mixer's described module, in company if it reads or shares anything, and the configs of all that is in it."""
+    if not config.reads(info.d_model) and not config.shares():
+        return config.build(info), (config,)
+    return Company(config, info), (*type(config).example_publishers(), config)
 
 
 def packed_rows(rng: np.random.Generator, *, rows: int, length: int, num_ids: int) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The train step of every config lowers for CUDA and TPU on an abstract mesh of 64 devices, without any of them."""
+"""The train step lowers for CUDA and TPU on an abstract mesh of 64 devices, without any of them."""
 
 import pathlib
 
@@ -12,7 +12,7 @@ from mlt.train.state import abstract_batch, abstract_state
 from mlt.train.step import jit_train_step
 
 ROOT = pathlib.Path(__file__).parents[2]
-CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.py"))
+CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").glob("*.py"))
 LAYOUT = Layout(replica=2, fsdp=2, context=4, tensor=2, expert=2)
 
 

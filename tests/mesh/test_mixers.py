@@ -23,7 +23,7 @@ from mlt.mixers.base import ChannelMixerConfig, Context, SequenceMixerConfig
 from mlt.nn.param import initialize, merge, named_leaves, partition
 from mlt.parallel.mesh import Layout
 from mlt.parallel.rules import Rules
-from mlt.verify.material import lively, packed_rows
+from mlt.verify.material import described, lively, packed_rows
 from mlt.verify.mesh import ROUNDINGS, TOLERANCE, distance
 
 FOLDER = pathlib.Path(mlt.mixers.__file__).parent
@@ -84,7 +84,7 @@ def outcome(mixer, specs, batch, x, cotangent, rules: Rules) -> dict[str, np.nda
 @pytest.mark.parametrize("name", [name for name in MIXERS if LAYOUTS or name in QUICK])
 def test_random_layouts_equal_one_device(name):
     config, info = MIXERS[name].example()
-    specs = config.build(info)
+    specs = described(config, info)[0]
     mixer = lively(initialize(specs, 0), 1)
     rng = np.random.default_rng(2)
     batch = packed_rows(rng, rows=ROWS, length=LENGTH, num_ids=info.vocab_size)

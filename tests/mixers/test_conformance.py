@@ -2,8 +2,9 @@
 
     MLT_FULL=1 python -m pytest tests/mixers/test_conformance.py
 
-tries more lengths. What compares to a tolerance is compiled without LLVM's optimization, which takes most of the time; what
-compares bits is compiled as users compile it.
+tries more lengths. A mixer that reads what others publish, or shares parameters, runs behind those others in a small stack
+(`mlt.verify.material.described`). What compares to a tolerance is compiled without LLVM's optimization, which takes most of
+the time; what compares bits is compiled as users compile it.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ import mlt.mixers
 from mlt.mixers.base import BuildInfo, ChannelMixerConfig, Context, MixerConfig, SequenceMixerConfig
 from mlt.nn.param import ParamSpec, initialize, merge, named_leaves, partition
 from mlt.parallel.rules import LOGICAL_TO_MESH, Rules
-from mlt.verify.material import lively, packed_rows
+from mlt.verify.material import described, lively, packed_rows
 
 FOLDER = pathlib.Path(mlt.mixers.__file__).parent
 ROWS, LENGTH = 2, 96
@@ -56,7 +57,7 @@ class Case:
 
     @functools.cached_property
     def specs(self):
-        return self.config.build(self.info)
+        return described(self.config, self.info)[0]
 
     @functools.cached_property
     def mixer(self):
@@ -238,13 +239,15 @@ def test_parameters_are_described_in_float32_with_known_axes(case):
 def test_the_reported_state_size_is_what_decoding_keeps(case):
     state = case.mixer.init_state(1, LENGTH, jnp.dtype("float32"))
     kept = sum(leaf.size for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating))
-    assert case.config.state_size(case.info.d_model, LENGTH) == kept
+    configs = described(case.config, case.info)[1]
+    assert sum(config.state_size(case.info.d_model, LENGTH) for config in configs) == kept
 
 
 def test_costs_are_reported(case):
     assert case.config.flops_per_token(case.info.d_model, 64) > 0
-    sizes = [leaf.size for leaf in jax.tree.leaves(case.mixer)]
-    buffers = [spec.size for _, spec in named_leaves(case.specs) if not spec.trainable]
+    own = initialize(case.config.build(case.info), 0)
+    sizes = [leaf.size for leaf in jax.tree.leaves(own)]
+    buffers = [spec.size for _, spec in named_leaves(case.config.build(case.info)) if not spec.trainable]
     assert case.config.param_count(case.info) == sum(sizes) - sum(buffers)
 
 

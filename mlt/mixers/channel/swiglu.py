@@ -1,6 +1,7 @@
 """SwiGLU feed-forward (arXiv 2002.05202)."""
 
 from collections.abc import Iterator
+from typing import Literal
 
 import jax
 
@@ -9,18 +10,22 @@ from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, Mixer, 
 from mlt.nn.linear import Linear
 from mlt.nn.param import fan_in
 
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}
+
 
 class SwiGLU(ChannelMixerConfig):
-    """y = W_down (silu(W_gate x) * W_up x).
+    """y = W_down (silu(W_gate x) * W_up x), or with another activation in place of the silu (GEGLU, arXiv 2002.05202).
 
     Attributes:
         d_ff: hidden width (F).
+        activation: of the gate; gelu_tanh is the tanh form of the GELU.
         bias: biases on the three projections.
-        gate_scale: factor on what the silu is taken of.
+        gate_scale: factor on what the activation is taken of.
         output_scale: factor on the result.
     """
 
     d_ff: int
+    activation: Literal["silu", "gelu_tanh"] = "silu"
     bias: bool = False
     gate_scale: float = 1.0
     output_scale: float = 1.0
@@ -54,6 +59,6 @@ class SwiGLUMixer(Mixer):
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
         config = self.config
         gate = self.gate(x_BTD) if config.gate_scale == 1.0 else self.gate(x_BTD) * config.gate_scale
-        hidden = save_point(jax.nn.silu(gate) * self.up(x_BTD), "ffn_hidden")
+        hidden = save_point(ACTIVATIONS[config.activation](gate) * self.up(x_BTD), "ffn_hidden")
         y_BTD = self.down(hidden)
         return y_BTD if config.output_scale == 1.0 else y_BTD * config.output_scale, {}

@@ -1,7 +1,7 @@
 """Softmax attention: grouped-query, windowed, with rotary positions or none, QK-norm, sinks and an output gate."""
 
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,22 @@ from flax import nnx
 from mlt_kernels import attention
 
 from mlt.config.problems import Problem
-from mlt.mixers.base import Aux, BuildInfo, Context, Mixer, SequenceMixerConfig, save_point, shared_axis
+from mlt.mixers.base import (
+    Arrays,
+    Aux,
+    BuildInfo,
+    Context,
+    Mixer,
+    Part,
+    Published,
+    SequenceMixerConfig,
+    save_point,
+    shared_axis,
+)
 from mlt.mixers.rope_scaling import RopeScaling
 from mlt.nn.linear import Linear
 from mlt.nn.norm import RMSNorm
-from mlt.nn.param import fan_in, param, zeros
+from mlt.nn.param import constant, fan_in, param, zeros
 from mlt.nn.rope import apply_rope, rope_frequencies
 from mlt.parallel import ops
 
@@ -38,6 +49,12 @@ class Attention(SequenceMixerConfig):
         softcap: scores become cap * tanh(score / cap).
         qkv_bias: biases on the three input projections.
         output_bias: a bias on the output projection.
+        publish: name under which later layers may attend to this layer's `key` and `value` (YOCO, arXiv 2405.05254); while
+            decoding, to its cache. None publishes nothing.
+        publish_values: name under which later layers may mix this layer's `value` into theirs.
+        value_residual: name of such values, mixed as a v_published + b v into this layer's own (ResFormer,
+            arXiv 2410.17897).
+        value_mix: a and b are one half, or learned from there.
     """
 
     context: ClassVar[str] = "ring"
@@ -59,6 +76,10 @@ class Attention(SequenceMixerConfig):
     softcap: float | None = None
     qkv_bias: bool = False
     output_bias: bool = False
+    publish: str | None = None
+    publish_values: str | None = None
+    value_residual: str | None = None
+    value_mix: Literal["half", "learned"] = "half"
 
     @property
     def kv_heads(self) -> int:
@@ -78,6 +99,10 @@ class Attention(SequenceMixerConfig):
         if self.num_heads % self.kv_heads:
             divisors = ", ".join(str(n) for n in range(1, self.num_heads + 1) if self.num_heads % n == 0)
             yield Problem("num_kv_heads", self.num_kv_heads, f"must divide num_heads = {self.num_heads}", f"use {divisors}")
+        if self.publish is not None and self.window is not None:
+            yield Problem("publish", self.publish, "hands on the keys of all tokens, and a window keeps few", "use window=None")
+        if self.value_residual is None and self.value_mix != "half":
+            yield Problem("value_mix", self.value_mix, "is read with a value residual alone", "set value_residual")
         yield from self._rope_problems()
 
     def _rope_problems(self) -> Iterator[Problem]:
@@ -108,10 +133,26 @@ class Attention(SequenceMixerConfig):
         tokens = seq_len if self.window is None else min(seq_len, self.window - 1)
         return 2 * tokens * self.kv_heads * self.head_dim
 
+    def publishes(self, d_model: int) -> Mapping[str, Published]:
+        found = {} if self.publish is None else {self.publish: key_value_parts(self.kv_heads, self.head_dim)}
+        return found if self.publish_values is None else {**found, self.publish_values: self._value_part()}
+
+    def reads(self, d_model: int) -> Mapping[str, Published]:
+        return {} if self.value_residual is None else {self.value_residual: self._value_part()}
+
+    def _value_part(self) -> Published:
+        return {"value": key_value_parts(self.kv_heads, self.head_dim)["value"]}
+
     @classmethod
     def example(cls) -> tuple["Attention", BuildInfo]:
         config = cls(num_heads=4, num_kv_heads=2, head_dim=8, window=24, qk_norm=True, sinks=True, output_gate=True)
         return config, BuildInfo(d_model=32, num_sub_layers=4, vocab_size=64)
+
+
+def key_value_parts(kv_heads: int, head_dim: int) -> Published:
+    """Keys and values, as an attention layer publishes them."""
+    part = Part((kv_heads, head_dim), (shared_axis(kv_heads), "head_dim"))
+    return {"key": part, "value": part}
 
 
 class AttentionMixer(Mixer):
@@ -126,15 +167,19 @@ class AttentionMixer(Mixer):
         self.query_norm = RMSNorm(h, **norm) if config.qk_norm else None
         self.key_norm = RMSNorm(h, **norm) if config.qk_norm else None
         self.sinks = param((n,), ("heads",), zeros, group="vector") if config.sinks else None
+        self.value_mix = param((2,), (None,), constant(0.5), group="vector") if config.value_mix == "learned" else None
         out_init = fan_in(n * h, scale=info.residual_scale)
         self.output = Linear((("heads", n), ("head_dim", h)), (("embed", d),), init=out_init, bias=config.output_bias)
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
-        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, ctx)
+        return self.call_and_publish(x_BTD, ctx)[:2]
+
+    def call_and_publish(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux, dict[str, Arrays]]:
+        own_BTKH, (q_BTNH, k_BTKH, v_BTKH) = self._project(x_BTD, ctx)
         o_BTNH = ops.attention(
             ctx.rules, q_BTNH, k_BTKH, v_BTKH, segment_ids=ctx.segment_ids, sinks=self._sinks(), **self._options()
         )
-        return self._finish(o_BTNH, x_BTD), {}
+        return self._finish(o_BTNH, x_BTD), {}, self._published({"key": k_BTKH, "value": v_BTKH}, own_BTKH)
 
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
         """A cache of keys and values: the last `window - 1` tokens, or all of `max_length`."""
@@ -147,7 +192,10 @@ class AttentionMixer(Mixer):
 
     def step(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any]:
         """Attend to the cache and to the new tokens; the window keeps its last tokens, the full cache appends."""
-        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, ctx)
+        return self.step_and_publish(x_BTD, state, ctx)[:2]
+
+    def step_and_publish(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any, dict[str, Arrays]]:
+        own_BTKH, (q_BTNH, k_BTKH, v_BTKH) = self._project(x_BTD, ctx)
         new = {"key": k_BTKH, "value": v_BTKH, "segment": ctx.segment_ids, "position": ctx.positions}
         if self.config.window is None:
             start = state["length"]
@@ -166,16 +214,32 @@ class AttentionMixer(Mixer):
             sinks=self._sinks(),
             **self._options(),
         )
-        return self._finish(o_BTNH, x_BTD), {**kept, "length": state["length"] + x_BTD.shape[1]}
+        kept = {**kept, "length": state["length"] + x_BTD.shape[1]}
+        return self._finish(o_BTNH, x_BTD), kept, self._published(seen, own_BTKH)
 
     def _project(self, x_BTD, ctx):
-        q_BTNH, k_BTKH, v_BTKH = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        """The layer's own values, and queries, keys and values as they attend."""
+        q_BTNH, k_BTKH, own_BTKH = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        v_BTKH = own_BTKH if self.config.value_residual is None else self._mixed(own_BTKH, ctx)
         if self.query_norm is not None:
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         if self.config.rope_base is not None:
             q_BTNH = apply_rope(q_BTNH, ctx.positions, **self._rotation())
             k_BTKH = apply_rope(k_BTKH, ctx.positions, **self._rotation())
-        return tuple(save_point(part, "attention_qkv") for part in (q_BTNH, k_BTKH, v_BTKH))
+        return own_BTKH, tuple(save_point(part, "attention_qkv") for part in (q_BTNH, k_BTKH, v_BTKH))
+
+    def _mixed(self, own_BTKH, ctx):
+        """Own values with those of an earlier layer mixed in."""
+        earlier_BTKH = ctx.published[self.config.value_residual]["value"]
+        if self.value_mix is None:
+            return (earlier_BTKH + own_BTKH) * 0.5
+        mix = self.value_mix[...].astype(own_BTKH.dtype)
+        return mix[0] * earlier_BTKH + mix[1] * own_BTKH
+
+    def _published(self, seen, own_BTKH):
+        config = self.config
+        found = {} if config.publish is None else {config.publish: seen}
+        return found if config.publish_values is None else {**found, config.publish_values: {"value": own_BTKH}}
 
     def _rotation(self):
         config = self.config

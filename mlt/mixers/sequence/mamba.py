@@ -1,6 +1,6 @@
 """Mamba (S6, arXiv 2312.00752): input-dependent step sizes drive N real decays a channel, read and written by the token."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -9,9 +9,9 @@ import mlt_kernels
 import numpy as np
 
 from mlt.config.problems import Problem
-from mlt.mixers.base import BuildInfo, SequenceMixerConfig, save_point
+from mlt.mixers.base import BuildInfo, Published, SequenceMixerConfig, save_point
 from mlt.mixers.conv import CausalConv
-from mlt.mixers.recurrent import Continuation, RecurrentMixer, Row, empty_state
+from mlt.mixers.recurrent import Continuation, PublishingMixer, Row, empty_state, published_memory
 from mlt.mixers.sizes import not_positive
 from mlt.nn.linear import Linear
 from mlt.nn.norm import RMSNorm
@@ -36,6 +36,7 @@ class Mamba(SequenceMixerConfig):
         conv_bias: a bias on it.
         inner_norm: RMS norms on r, B and C, as in Jamba and Falcon-Mamba; they keep models beyond 1B stable.
         norm_eps: of those norms.
+        publish: name under which later layers may read y, as `memory` (SambaY's gated memory units); None publishes nothing.
     """
 
     context: ClassVar[str] = "carry"
@@ -48,6 +49,7 @@ class Mamba(SequenceMixerConfig):
     conv_bias: bool = True
     inner_norm: bool = False
     norm_eps: float = 1e-6
+    publish: str | None = None
 
     def problems(self) -> Iterator[Problem]:
         yield from not_positive(self, "inner", "state_dim", "step_rank", "conv_width")
@@ -69,12 +71,15 @@ class Mamba(SequenceMixerConfig):
     def state_size(self, d_model: int, seq_len: int) -> int:
         return self.channels(d_model) * (self.state_dim + self.conv_width - 1)
 
+    def publishes(self, d_model: int) -> Mapping[str, Published]:
+        return published_memory(self.publish, self.channels(d_model))
+
     @classmethod
     def example(cls) -> tuple["Mamba", BuildInfo]:
         return cls(inner_norm=True, state_dim=4), BuildInfo(d_model=32, num_sub_layers=4, vocab_size=64)
 
 
-class MambaMixer(RecurrentMixer):
+class MambaMixer(PublishingMixer):
     def __init__(self, config: Mamba, info: BuildInfo):
         self.config = config
         d, n = info.d_model, config.state_dim
@@ -108,6 +113,7 @@ class MambaMixer(RecurrentMixer):
         x_BTI, step_BTI = save_point(x_BTI, "recurrence_in"), save_point(step_BTI, "recurrence_in")
         arrays = (x_BTI, step_BTI, -jnp.exp(self.A_log[...]), write_BTN, read_BTN)
         y_BTI = selective_scan(row, *arrays, skip=self.skip[...], implementation=self.config.kernel)
+        row.publish(self.config.publish, memory=y_BTI)
         return self.output(save_point(y_BTI, "recurrence_out") * jax.nn.silu(self.gate(x_BTD)))
 
 

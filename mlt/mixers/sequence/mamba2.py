@@ -1,15 +1,15 @@
 """Mamba-2 (SSD, arXiv 2405.21060): a matrix state with one scalar decay per head and input-dependent step sizes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
 from mlt.config.problems import Problem
-from mlt.mixers.base import BuildInfo, SequenceMixerConfig, save_point, shared_axis
+from mlt.mixers.base import BuildInfo, Published, SequenceMixerConfig, save_point, shared_axis
 from mlt.mixers.conv import CausalConv
-from mlt.mixers.recurrent import RecurrentMixer, Row, empty_state
+from mlt.mixers.recurrent import PublishingMixer, Row, empty_state, published_memory
 from mlt.mixers.sizes import not_divisor, not_positive, recurrence_flops
 from mlt.nn.linear import Linear
 from mlt.nn.norm import rms_normalize
@@ -32,6 +32,7 @@ class Mamba2(SequenceMixerConfig):
         norm_eps: of that norm.
         step_limit: lowest and highest step size, the second None for no highest; None leaves steps as they are.
         projection_scales: factors on the projections z, x, B, C and step; None means 1.
+        publish: name under which later layers may read y, as `memory`; None publishes nothing.
     """
 
     context: ClassVar[str] = "carry"
@@ -47,6 +48,7 @@ class Mamba2(SequenceMixerConfig):
     norm_eps: float = 1e-5
     step_limit: tuple[float, float | None] | None = None
     projection_scales: tuple[float, float, float, float, float] | None = None
+    publish: str | None = None
 
     def problems(self) -> Iterator[Problem]:
         sizes = list(not_positive(self, "num_heads", "head_dim", "state_dim", "num_groups", "conv_width"))
@@ -69,13 +71,16 @@ class Mamba2(SequenceMixerConfig):
         channels = self.num_heads * self.head_dim + 2 * self.num_groups * self.state_dim
         return self.num_heads * self.head_dim * self.state_dim + (self.conv_width - 1) * channels
 
+    def publishes(self, d_model: int) -> Mapping[str, Published]:
+        return published_memory(self.publish, self.num_heads * self.head_dim)
+
     @classmethod
     def example(cls) -> tuple["Mamba2", BuildInfo]:
         config = cls(num_heads=4, head_dim=8, state_dim=16, num_groups=2)
         return config, BuildInfo(d_model=32, num_sub_layers=4, vocab_size=64)
 
 
-class Mamba2Mixer(RecurrentMixer):
+class Mamba2Mixer(PublishingMixer):
     def __init__(self, config: Mamba2, info: BuildInfo):
         self.config = config
         d, h, p, n, g = info.d_model, config.num_heads, config.head_dim, config.state_dim, config.num_groups
@@ -117,6 +122,7 @@ class Mamba2Mixer(RecurrentMixer):
             read_BTGN, write_BTGN, value_BTHP, log_decay=log_decay_BTH, scale=1.0, implementation=self.config.kernel
         )
         y_BTHP = save_point(y_BTHP, "recurrence_out") + self.skip[...][:, None].astype(y_BTHP.dtype) * x_BTHP
+        row.publish(self.config.publish, memory=y_BTHP.reshape(*y_BTHP.shape[:2], -1))
         return self.output(self._gated(y_BTHP.astype(jnp.float32), gate_BTHP).astype(x_BTD.dtype))
 
     def _gated(self, y_BTHP: jax.Array, gate_BTHP: jax.Array) -> jax.Array:

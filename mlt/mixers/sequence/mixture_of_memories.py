@@ -1,5 +1,6 @@
 """Mixture of memories (MoM, arXiv 2502.13685): several recurrent states, of which each token writes and reads a few."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from mlt.config.problems import Problem
 from mlt.mixers.base import Aux, BuildInfo, Context, SequenceMixerConfig, save_point
 from mlt.mixers.conv import CausalConv
-from mlt.mixers.recurrent import RecurrentMixer, Row, empty_state
+from mlt.mixers.recurrent import Continuation, RecurrentMixer, Row, empty_state
 from mlt.mixers.sizes import not_positive, recurrence_flops
 from mlt.nn.linear import Linear
 from mlt.nn.norm import RMSNorm, l2_normalize
@@ -28,8 +29,11 @@ class MixtureOfMemories(SequenceMixerConfig):
     A memory that a token did not choose takes decay 1 and no write from it: states and outputs are those of running each
     memory on its own tokens, nothing is dropped, and neither order nor number of other tokens matters. All memories run
     over all tokens, which costs the recurrence of every memory in place of the chosen ones, and in return splits over
-    sequence shards. The convolutions on q, k and v run over neighbouring tokens of the document, before memories are
-    chosen; published code runs them over the tokens of a memory, where they see later tokens of other memories.
+    sequence shards. `sorted` runs the chosen ones alone: each token comes once for each, in a stream sorted by (document,
+    memory, time) whose runs are the documents of one recurrence, without a capacity. It is the same function; as later
+    tokens move a memory's run in the stream, they move the rounding of earlier outputs (nothing else), and so it is not the
+    default. The convolutions on q, k and v run over neighbouring tokens of the document, before memories are chosen;
+    published code runs them over the tokens of a memory, where they see later tokens of other memories.
 
     Rules of the states:
 
@@ -49,6 +53,7 @@ class MixtureOfMemories(SequenceMixerConfig):
         conv_width: taps of the short convolutions on q, k and v.
         balance_loss: coefficient of M * sum over m of (share of choices) * (mean probability), per row. It couples the
             gradients of packed documents.
+        sorted: whether whole sequences run the chosen memories alone; decoding and split sequences run all of them.
     """
 
     context: ClassVar[str] = "carry"
@@ -63,6 +68,7 @@ class MixtureOfMemories(SequenceMixerConfig):
     rule: Literal["gated_delta", "delta", "gated_linear", "linear"] = "gated_delta"
     conv_width: int = 4
     balance_loss: float = 0.0
+    sorted: bool = False
 
     @property
     def values(self) -> int:
@@ -100,7 +106,8 @@ class MixtureOfMemories(SequenceMixerConfig):
         channels = h * (k + r * (k + v))
         projections = 2 * d_model * (channels + h * (2 * v + r * self._gates()) + self.num_memories)
         rule = "delta" if self.is_delta else "add"
-        return projections + 2 * self.conv_width * channels + recurrence_flops(h * r, k, v, seq_len, rule=rule)
+        runs = self.memories_per_token + self.shared_memory if self.sorted else r
+        return projections + 2 * self.conv_width * channels + recurrence_flops(h * runs, k, v, seq_len, rule=rule)
 
     def state_size(self, d_model: int, seq_len: int) -> int:
         h, r, k, v = self.num_heads, self.memories, self.key_dim, self.values
@@ -152,24 +159,63 @@ class MixtureOfMemoriesMixer(RecurrentMixer):
         v_BTHRV = row.conv("value", self.value_conv, self.value(x_BTD))
         if config.is_delta:
             q_BTHK, k_BTHRK = l2_normalize(q_BTHK), l2_normalize(k_BTHRK)
-        probability_BTM, chosen_BTM = self._route(x_BTD)
+        probability_BTM, index_BTA = self._route(x_BTD)
+        chosen_BTM = self._chosen(index_BTA)
         weight_BTR, chosen_BTR = self._weights(probability_BTM, chosen_BTM)
         decay, beta_BTHR = self._gate_values(x_BTD, chosen_BTR)
-        # Memories are heads to the recurrence, those of one head side by side.
+        gates = {"log_decay": decay, "beta": beta_BTHR}
+        if config.sorted and not isinstance(row, Continuation) and row.ctx.rules.size("seq") == 1:
+            o_BTHV = self._sorted(q_BTHK, k_BTHRK, v_BTHRV, gates, weight_BTR, index_BTA, row)
+        else:
+            o_BTHRV = self._recur(row, q_BTHK, k_BTHRK, v_BTHRV, gates)
+            o_BTHV = jnp.einsum("bthrv,btr->bthv", o_BTHRV.astype(jnp.float32), weight_BTR)
+        return self.output(self.norm(o_BTHV.astype(x_BTD.dtype)) * jax.nn.silu(self.gate(x_BTD)))
+
+    def _recur(self, row: Row, q_BTHK: jax.Array, k_BTHRK: jax.Array, v_BTHRV: jax.Array, gates: dict[str, Any]) -> jax.Array:
+        """What R memories answer, (B, T, H, R, V). They are heads to the recurrence, those of one head side by side."""
         q_BTHRK = jnp.broadcast_to(q_BTHK[:, :, :, None], k_BTHRK.shape)
-        q, k, v, beta = (_joined(x) for x in (q_BTHRK, k_BTHRK, v_BTHRV, beta_BTHR))
-        gates = {"log_decay": None if decay is None else _joined(decay), "beta": beta}
-        rule = "delta" if config.is_delta else "add"
-        o = row.linear_recurrence(q, k, v, rule=rule, implementation=config.kernel, **gates)
-        o_BTHRV = save_point(o, "recurrence_out").reshape(v_BTHRV.shape)
-        o_BTHV = jnp.einsum("bthrv,btr->bthv", o_BTHRV.astype(jnp.float32), weight_BTR).astype(x_BTD.dtype)
-        return self.output(self.norm(o_BTHV) * jax.nn.silu(self.gate(x_BTD)))
+        q, k, v = (_joined(x) for x in (q_BTHRK, k_BTHRK, v_BTHRV))
+        gates = {name: None if x is None else _joined(x) for name, x in gates.items()}
+        rule = "delta" if self.config.is_delta else "add"
+        o = row.linear_recurrence(q, k, v, rule=rule, implementation=self.config.kernel, **gates)
+        return save_point(o, "recurrence_out").reshape(v_BTHRV.shape)
+
+    def _sorted(self, q_BTHK, k_BTHRK, v_BTHRV, gates, weight_BTR, index_BTA, row):
+        """The weighted sum of what the chosen memories and the shared one answer, (B, T, H, V) float32."""
+        config, segments = self.config, row.ctx.segment_ids
+        B, T, A = index_BTA.shape
+        # Documents are in order in a row, so that each keeps its place whatever the others choose. Padding comes last.
+        document_BT = jnp.cumsum(segments != jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1], axis=1, dtype=jnp.int32)
+        key_BTA = 1 + document_BT[..., None] * config.num_memories + index_BTA.astype(jnp.int32)
+        key_BS = jnp.where(segments[..., None] == 0, jnp.iinfo(jnp.int32).max, key_BTA).reshape(B, T * A)
+        order_BS = jnp.argsort(key_BS, axis=1, stable=True)
+        key_BS = jnp.take_along_axis(key_BS, order_BS, axis=1)
+        inverse_BS = jnp.argsort(order_BS, axis=1)
+        token_BS, memory_BS = order_BS // A, jnp.take_along_axis(index_BTA.reshape(B, T * A), order_BS, axis=1)
+        stream = jnp.where(key_BS == jnp.iinfo(jnp.int32).max, 0, key_BS)
+        ctx = dataclasses.replace(row.ctx, segment_ids=stream, positions=jnp.zeros_like(stream), token_ids=jnp.zeros_like(stream))
+        of_memory = jax.vmap(lambda x, token, memory: x[token, :, memory])
+        pick = lambda x: of_memory(x, token_BS, memory_BS)[:, :, :, None]  # noqa: E731
+        q_BSHK = jax.vmap(lambda x, token: x[token])(q_BTHK, token_BS)
+        parts = {name: None if x is None else pick(x) for name, x in gates.items()}
+        o_BSHV = self._recur(Row(ctx, row.exchange), q_BSHK, pick(k_BTHRK), pick(v_BTHRV), parts)[:, :, :, 0]
+        o_BTAHV = jnp.take_along_axis(o_BSHV, inverse_BS[..., None, None], axis=1).reshape(B, T, A, *o_BSHV.shape[2:])
+        weight_BTA = jnp.take_along_axis(weight_BTR, index_BTA, axis=2)
+        total = jnp.einsum("btahv,bta->bthv", o_BTAHV.astype(jnp.float32), weight_BTA)
+        if not config.shared_memory:
+            return total
+        last = {name: None if x is None else x[:, :, :, -1:] for name, x in gates.items()}
+        shared = self._recur(row, q_BTHK, k_BTHRK[:, :, :, -1:], v_BTHRV[:, :, :, -1:], last)
+        return total + shared[:, :, :, 0].astype(jnp.float32)
 
     def _route(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Probabilities (B, T, M) float32, and which memories a token takes (B, T, M) bool."""
+        """Probabilities (B, T, M) float32, and the memories (B, T, A) that a token takes."""
         probability_BTM = jax.nn.softmax(self.router(x_BTD.astype(jnp.float32)), axis=-1)
-        _, index_BTA = jax.lax.top_k(probability_BTM, self.config.memories_per_token)
-        return probability_BTM, jnp.any(index_BTA[..., None] == jnp.arange(self.config.num_memories), axis=2)
+        return probability_BTM, jax.lax.top_k(probability_BTM, self.config.memories_per_token)[1]
+
+    def _chosen(self, index_BTA: jax.Array) -> jax.Array:
+        """(B, T, M) bool."""
+        return jnp.any(index_BTA[..., None] == jnp.arange(self.config.num_memories), axis=2)
 
     def _weights(self, probability_BTM: jax.Array, chosen_BTM: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Weights and choices of all memories, the shared one last."""
@@ -196,7 +242,8 @@ class MixtureOfMemoriesMixer(RecurrentMixer):
 
     def _balance(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
         config = self.config
-        probability_BTM, chosen_BTM = self._route(x_BTD)
+        probability_BTM, index_BTA = self._route(x_BTD)
+        chosen_BTM = self._chosen(index_BTA)
         real_BT1 = ctx.is_token[..., None]
         tokens_B1 = jnp.maximum(real_BT1.sum(1), 1)
         used_BM = jnp.where(real_BT1, chosen_BTM, 0.0).sum(1) / (tokens_B1 * config.memories_per_token)

@@ -1,20 +1,23 @@
 """Mixers side by side in one sub-layer: parallel attention and SSM heads as in Falcon-H1 (arXiv 2507.22448)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mlt.config.base import Config
 from mlt.config.problems import Problem
-from mlt.mixers.base import Aux, BuildInfo, Context, Mixer, MixerConfig, SequenceMixerConfig
+from mlt.mixers.base import Arrays, Aux, BuildInfo, Context, Mixer, MixerConfig, Published, SequenceMixerConfig
 from mlt.mixers.sequence.attention import Attention
 from mlt.mixers.sequence.mamba2 import Mamba2
 
 
 class Parallel(SequenceMixerConfig):
     """y = sum over the mixers of output_scale * mixer(input_scale * x), all of one normed input.
+
+    What the mixers publish and read, the layer publishes and reads; they do not read from each other.
 
     Attributes:
         mixers: the mixers; backends are named on them.
@@ -53,6 +56,15 @@ class Parallel(SequenceMixerConfig):
     def inactive_params(self, d_model: int) -> int:
         return sum(mixer.inactive_params(d_model) for mixer in self.mixers)
 
+    def publishes(self, d_model: int) -> Mapping[str, Published]:
+        return {name: parts for mixer in self.mixers for name, parts in mixer.publishes(d_model).items()}
+
+    def reads(self, d_model: int) -> Mapping[str, Published]:
+        return {name: parts for mixer in self.mixers for name, parts in mixer.reads(d_model).items()}
+
+    def shares(self) -> Mapping[str, Config]:
+        return {name: part for mixer in self.mixers for name, part in mixer.shares().items()}
+
     @classmethod
     def example(cls) -> tuple["Parallel", BuildInfo]:
         mixers = (Mamba2(num_heads=2, head_dim=8, state_dim=8), Attention(num_heads=2, head_dim=8))
@@ -65,22 +77,30 @@ class ParallelMixer(Mixer):
         self.mixers = nnx.List([mixer.build(info) for mixer in config.mixers])
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
-        outputs, aux = [], {}
+        return self.call_and_publish(x_BTD, ctx)[:2]
+
+    def call_and_publish(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux, dict[str, Arrays]]:
+        outputs, aux, published = [], {}, {}
         for number, mixer in enumerate(self.mixers):
-            y_BTD, own = mixer(self._input(x_BTD, number), ctx)
+            y_BTD, own, values = mixer.call_and_publish(self._input(x_BTD, number), ctx)
             outputs.append(y_BTD)
             aux |= {f"{name}/{number}": value for name, value in own.items()}
-        return self._sum(outputs), aux
+            published |= values
+        return self._sum(outputs), aux, published
 
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
         return [mixer.init_state(batch, max_length, dtype) for mixer in self.mixers]
 
     def step(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any]:
-        pairs = [
-            mixer.step(self._input(x_BTD, number), own, ctx)
+        return self.step_and_publish(x_BTD, state, ctx)[:2]
+
+    def step_and_publish(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any, dict[str, Arrays]]:
+        found = [
+            mixer.step_and_publish(self._input(x_BTD, number), own, ctx)
             for number, (mixer, own) in enumerate(zip(self.mixers, state, strict=True))
         ]
-        return self._sum([y_BTD for y_BTD, _ in pairs]), [own for _, own in pairs]
+        outputs, states, published = zip(*found, strict=True)
+        return self._sum(list(outputs)), list(states), {name: value for each in published for name, value in each.items()}
 
     def updated(self, aux: Aux) -> "ParallelMixer":
         new = jax.tree.map(lambda leaf: leaf, self)
