@@ -1,0 +1,38 @@
+"""Qwen3-Next: three gated delta layers to one of gated attention, many small experts and a gated shared one in each."""
+
+from mlt.config.load import sibling
+from mlt.mixers.channel.moe import MoE
+from mlt.mixers.sequence.attention import Attention
+from mlt.mixers.sequence.gated_delta import GatedDelta
+from mlt.model.block import Block
+from mlt.model.lm import LMConfig
+from mlt.model.stack import Stack
+
+family = sibling(__file__, "../base/family.py")
+PAPER = "2505.06708"  # of the gated attention; the model itself has a report without a number
+
+
+def model(d_model: int, periods: int, vocab: int, delta: GatedDelta, attention: Attention, experts: MoE) -> LMConfig:
+    mixers = (delta, delta, delta, attention)
+    period = tuple(Block(mixers=(mixer, experts), unit_offset_norm=True) for mixer in mixers)
+    stack = Stack(period=period, repeats=periods)
+    return LMConfig(d_model=d_model, vocab_size=vocab, stack=stack, unit_offset_norm=True)
+
+
+GATED = {"rope_base": 1e7, "qk_norm": True, "unit_offset_norm": True, "output_gate": True}
+ROUTER = {"num_shared_experts": 1, "shared_gate": True, "router": "softmax"}
+SMALL = (
+    GatedDelta(num_heads=4, num_key_heads=2, key_dim=16),
+    Attention(num_heads=4, head_dim=16, num_kv_heads=2, rotary_dim=4, **GATED),
+    MoE(num_experts=8, num_experts_per_token=2, d_ff=32, **ROUTER),
+)
+RELEASED = (
+    GatedDelta(num_heads=32, num_key_heads=16, key_dim=128),
+    Attention(num_heads=16, head_dim=256, num_kv_heads=2, rotary_dim=64, **GATED),
+    MoE(num_experts=512, num_experts_per_token=10, d_ff=512, **ROUTER),
+)
+SIZES = {
+    "small": family.Size(model(64, 1, family.VOCAB, *SMALL)),
+    "80b": family.Size(model(2048, 12, 151_936, *RELEASED), published="80B", note="without the extra prediction layers"),
+}
+config = family.runs(SIZES)
