@@ -124,7 +124,9 @@ def ngram_rows(
     pad_id: Any,
     cross_document: bool = False,
 ) -> Any:
-    """Rows of the flat table that each token's suffix n-grams hash to, (B, T, S) int32 in (order, head) order.
+    """Rows of the flat table that each token's suffix n-grams hash to, (B, T, S) in (order, head) order.
+
+    They are int32, or for a table of more rows two words, (int32 high, uint32 low).
 
     mix_n = (x_t m_0) ^ (x_{t-1} m_1) ^ ... ^ (x_{t-n+1} m_{n-1});  row = mix_n mod prime + offset.
 
@@ -163,7 +165,10 @@ def _rows(xp, ids_BT, segment_ids_BT, words_N2, tables, pad_id, cross_document):
         sizes = xp.asarray(np.array(primes, np.int64))
         parts.append(xp.fmod(mix[..., None], sizes))
     rows = xp.concatenate(parts, axis=-1) + xp.asarray(np.array(tables.offsets, np.int64))
-    return xp.where(is_token[..., None], rows, -1).astype(xp.int32)
+    rows = xp.where(is_token[..., None], rows, -1)
+    if tables.num_rows < 2**31:
+        return rows.astype(xp.int32)
+    return (rows >> 32).astype(xp.int32), (rows & 0xFFFFFFFF).astype(xp.uint32)
 
 
 def _delayed(xp, values_BT, shift):

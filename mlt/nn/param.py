@@ -21,16 +21,22 @@ Group = Literal["matrix", "embedding", "table", "vector"]
 never decayed (norm scales, gates, decays, biases)."""
 
 
+BLOCK_VALUES = 2**20
+"""Values of a table that are drawn at once: 4 MB."""
+
+
 class Buffer(nnx.Variable):
     """State that no gradient trains: router biases, token maps. The train step applies its updates."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Init:
-    """A named initializer. `fn(rng, shape)` gives float32 or integer values; `text` is what parameter tables print."""
+    """A named initializer. `fn(rng, shape)` gives float32 or integer values; `text` is what parameter tables print; `layer`
+    is the initializer of one layer where layers are stacked."""
 
     text: str
     fn: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray] = dataclasses.field(compare=False, repr=False)
+    layer: "Init | None" = dataclasses.field(default=None, compare=False, repr=False)
 
 
 def normal(std: float) -> Init:
@@ -57,6 +63,16 @@ ones = constant(1.0)
 def given(values: np.ndarray, name: str) -> Init:
     """Fixed values, for buffers such as token maps."""
     return Init(name, lambda rng, shape: np.broadcast_to(values, shape))
+
+
+def numbered(first: int, stride: int) -> Init:
+    """first + stride * i for the i-th copy of a module that is stacked for `lax.scan`, and `first` for a single one."""
+
+    def fn(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        copies = rng.bit_generator.seed_seq.spawn_key  # of the copy, as `ParamSpec.stacked` draws it
+        return np.full(shape, first + stride * (copies[-1] if copies else 0))
+
+    return Init(f"{first} + {stride} i", fn)
 
 
 def log_of_uniform(low: float, high: float) -> Init:
@@ -116,12 +132,34 @@ class ParamSpec:
             return np.stack([inner.fn(layer, shape[1:]) for layer in rng.spawn(shape[0])])
 
         axes = ("layers", *self.axes)
-        return dataclasses.replace(self, shape=(count, *self.shape), axes=axes, init=Init(inner.text, fn))
+        return dataclasses.replace(self, shape=(count, *self.shape), axes=axes, init=Init(inner.text, fn, inner))
 
     def make(self, seed: int, name: str) -> np.ndarray:
         """The values of the parameter called `name` in a run with this seed."""
+        if self.group == "table":
+            return self.make_rows(seed, name, 0, self.shape[-2])
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(name.encode())])))
         return np.asarray(self.init.fn(rng, self.shape)).astype(self.dtype)
+
+    def make_rows(self, seed: int, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop` - 1 of a table, (M, V) or stacked (L, M, V), of every layer.
+
+        Each block of rows has a generator of its own, so what is drawn does not depend on who draws it, and no more is held
+        than the rows and a block. The first block is drawn as a parameter that is no table would be.
+        """
+        layers = range(self.shape[0]) if self.init.layer is not None else (None,)
+        drawn = np.empty((len(layers), stop - start, self.shape[-1]), self.dtype)
+        block = max(1, BLOCK_VALUES // self.shape[-1])
+        for place, layer in enumerate(layers):
+            init, spawned = (self.init, ()) if layer is None else (self.init.layer, (layer,))
+            for number in range(start // block, -(-stop // block)):
+                words = [seed, zlib.crc32(name.encode()), *([number] if number else [])]
+                rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(words, spawn_key=spawned)))
+                first, last = number * block, min((number + 1) * block, self.shape[-2])
+                values = np.asarray(init.fn(rng, (last - first, self.shape[-1])))
+                low, high = max(first, start), min(last, stop)
+                drawn[place, low - start : high - start] = values[low - first : high - first]
+        return drawn if self.init.layer is not None else drawn[0]
 
     def abstract(self, sharding: jax.sharding.Sharding | None = None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(self.shape, jnp.dtype(self.dtype), sharding=sharding)
@@ -161,7 +199,8 @@ def initialize(module: M, seed: int, shardings: M | None = None) -> M:
 
     Each parameter draws from a counter-based generator of its own, seeded by `seed` and its name: adding or removing
     one leaves the others as they were, and every mesh, platform and JAX version starts from the same bits. Drawing on
-    the host keeps it out of the compiler, where one random program a shape would cost more than the first steps.
+    the host keeps it out of the compiler, where one random program a shape would cost more than the first steps. Of a
+    table, a host draws the rows of its own devices alone.
 
     Args:
         module: the described tree.
@@ -170,8 +209,25 @@ def initialize(module: M, seed: int, shardings: M | None = None) -> M:
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(module)
     places = [None] * len(flat) if shardings is None else jax.tree.leaves(shardings)
-    leaves = [put(spec.make(seed, path_name(path)), place) for (path, spec), place in zip(flat, places, strict=True)]
+    leaves = [_made(spec, seed, path_name(path), place) for (path, spec), place in zip(flat, places, strict=True)]
     return jax.tree_util.tree_unflatten(treedef, leaves)
+
+
+def _made(spec: ParamSpec, seed: int, name: str, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    if spec.group != "table" or sharding is None:
+        return put(spec.make(seed, name), sharding)
+    # Devices that hold the same rows share one draw.
+    drawn: dict[tuple[int, int], list[jax.Device]] = {}
+    indices = sharding.addressable_devices_indices_map(spec.shape)
+    for device, index in indices.items():
+        drawn.setdefault(index[-2].indices(spec.shape[-2])[:2], []).append(device)
+    held = {}
+    for (start, stop), devices in drawn.items():
+        rows = spec.make_rows(seed, name, start, stop)
+        for device in devices:
+            others = tuple(slice(None) if dim == len(spec.shape) - 2 else part for dim, part in enumerate(indices[device]))
+            held[device] = jax.device_put(rows[others], device)
+    return jax.make_array_from_single_device_arrays(spec.shape, sharding, [held[device] for device in indices])
 
 
 def put(values: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
@@ -199,8 +255,10 @@ def partition(module: M) -> tuple[M, M]:
 
 def merge(trained: M, buffers: M) -> M:
     """Undo `partition`."""
-    pick = lambda a, b: b if a is None else a  # noqa: E731
-    return jax.tree.map(pick, trained, buffers, is_leaf=lambda node: node is None)
+    # Variable by variable: a stand-in for an array may be a tree of its own.
+    is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+    pick = lambda a, b: jax.tree.map(lambda leaf: leaf, b if isinstance(b, Buffer) else a)  # noqa: E731
+    return jax.tree.map(pick, trained, buffers, is_leaf=is_variable)
 
 
 def _emptied(variable: nnx.Variable) -> nnx.Variable:

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mlt.config.base import Config
 from mlt.nn.param import ParamSpec, named_leaves, path_name
 from mlt.optim.schedule import Schedule
+from mlt.optim.table import TableOptimizer, with_tables
 from mlt.parallel.rules import Rules
 
 MAX_SETTINGS = 8
@@ -21,13 +22,25 @@ class OptimizerConfig(Config):
 
     Attributes:
         learning_rate: peak rate, before the schedule.
+        tables: optimizers of sparse tables by name, the first that matches; tables that match none, and all of them where
+            it is None, are trained as `build` says, from dense gradients.
     """
 
     learning_rate: float
+    tables: TableOptimizer | tuple[TableOptimizer, ...] | None = None
 
     @abstractmethod
     def build(self, specs: Any, schedule: Schedule, steps: int) -> optax.GradientTransformation:
-        """The transformation for the trained parameters described by `specs`."""
+        """The transformation for the trained parameters described by `specs`; it knows nothing of `tables`."""
+
+    @property
+    def table_optimizers(self) -> tuple[TableOptimizer, ...]:
+        return self.tables if isinstance(self.tables, tuple) else (self.tables,) if self.tables else ()
+
+    def transformation(self, specs: Any, schedule: Schedule, steps: int) -> Any:
+        """The whole update rule, tables with optimizers of their own included (`optim.table.TableAware`)."""
+        rate = lambda factor: schedule.build(self.learning_rate * factor, steps)  # noqa: E731
+        return with_tables(self.table_optimizers, specs, lambda specs: self.build(specs, schedule, steps), rate)
 
 
 def group_tree(specs: Any, values: dict[str, Any], default: Any) -> Any:

@@ -15,9 +15,11 @@ import mlt_kernels
 from mlt_kernels.linear_recurrence import NormalizedState
 from mlt_kernels.linear_recurrence.reference import EMPTY_LOG_SCALE
 
-from mlt.parallel import carry, ring, sequence
+from mlt.parallel import carry, lookup, ring, sequence
 from mlt.parallel.local import CHANNELS, HEADS, KV_HEADS, Q_HEADS, STREAM, TOKENS, Axes, local
-from mlt.parallel.rules import LOGICAL_TO_MESH, Rules
+from mlt.parallel.rules import Rules
+from mlt.parallel.table import CAPACITY, Strategy, WideRows
+from mlt.parallel.taps import TapedTable
 
 
 def linear_recurrence(
@@ -187,7 +189,7 @@ def attention(
 
 
 def with_left_context(
-    fn: Callable[..., Any], rules: Rules, width: int, arrays: tuple[jax.Array, ...], others: tuple[jax.Array, ...], output: Axes
+    fn: Callable[..., Any], rules: Rules, width: int, arrays: tuple[jax.Array, ...], others: tuple[jax.Array, ...], output: Any
 ) -> Any:
     """`fn(*arrays, *others)` where `fn` looks at most `width` tokens to the left.
 
@@ -198,7 +200,7 @@ def with_left_context(
         arrays: (B, T) arrays, or (B, T, ...) that no axis splits further. Zeros stand in front of the row's start, so
             the segment id there is that of padding.
         others: arrays that every device holds whole.
-        output: logical axes of the result.
+        output: logical axes of the result, or a tree of them.
     """
     size = rules.size("seq")
     if size == 1 or width == 0:
@@ -206,7 +208,7 @@ def with_left_context(
 
     def run(*args):
         tokens = sequence.with_front(args[: len(arrays)], width, size)
-        return fn(*tokens, *args[len(arrays) :])[:, width:]
+        return jax.tree.map(lambda out: out[:, width:], fn(*tokens, *args[len(arrays) :]))
 
     inputs = tuple((*TOKENS, *(None,) * (x.ndim - 2)) for x in arrays) + tuple((None,) * x.ndim for x in others)
     return local(run, rules, inputs, output)(*arrays, *others)
@@ -260,53 +262,40 @@ def cross_entropy(
 
 def row_lookup(
     rules: Rules,
-    table_MV: jax.Array,
-    rows_BTK: jax.Array,
+    table_MV: jax.Array | TapedTable,
+    rows_BTK: jax.Array | WideRows,
     weights_BTK: jax.Array | None = None,
+    *,
+    strategy: Strategy | None = None,
+    capacity: float | None = CAPACITY,
+    return_waiting: bool = False,
     **options: Any,
-) -> jax.Array:
-    """`mlt_kernels.row_lookup` of a table whose rows are split over `memory` shards.
+) -> Any:
+    """`mlt_kernels.row_lookup` of a table whose rows are split over `memory` shards (`lookup.py`).
 
-    Each owner reads its rows for the tokens of all shards and the results meet in a reduce-scatter; weighted rows are
-    summed by their owner first. Bytes moved are those of the results, whatever the size of the table.
+    Args:
+        rows_BTK: int32, or `WideRows` for a table of more rows than that.
+        strategy: how rows cross owners, one of `table.STRATEGIES`; None takes what sends less.
+        capacity: rows that an owner takes from each device in one round of an exchange, as a multiple of an even share; what
+            is over takes further rounds. None makes room for the worst case.
+        return_waiting: also give a mixer's aux, which counts the rows that took further rounds; empty where rows stay.
+        options: implementation.
     """
-    shards = rules.size("memory")
-
-    def run(table, rows, weights):
-        if shards > 1:
-            axis = LOGICAL_TO_MESH["memory"]
-            gather = lambda x: jax.lax.all_gather(x, axis, axis=0, tiled=True)  # noqa: E731
-            rows, weights = gather(rows), None if weights is None else gather(weights)
-            own = rows - jax.lax.axis_index(axis) * table.shape[0]
-            rows = jnp.where((rows >= 0) & (own >= 0) & (own < table.shape[0]), own, -1)
-        out = mlt_kernels.row_lookup(table, rows, weights, **options)
-        return out if shards == 1 else jax.lax.psum_scatter(out, axis, scatter_dimension=0, tiled=True)
-
-    choice = (*TOKENS, None)
-    output = STREAM if weights_BTK is not None else (*TOKENS, None, None)
-    return local(run, rules, (("memory", None), choice, choice), output)(table_MV, rows_BTK, weights_BTK)
+    out, waiting = lookup.row_lookup(rules, table_MV, rows_BTK, weights_BTK, strategy=strategy, capacity=capacity, **options)
+    if not return_waiting:
+        return out
+    return out, {} if waiting is None else {"metric/rows_waiting": waiting.astype(jnp.float32)}
 
 
-def row_dot(rules: Rules, table_MV: jax.Array, rows_BTK: jax.Array, x_BTV: jax.Array, **options: Any) -> jax.Array:
+def row_dot(
+    rules: Rules, table_MV: jax.Array | TapedTable, rows_BTK: jax.Array | WideRows, x_BTV: jax.Array, **options: Any
+) -> jax.Array:
     """`mlt_kernels.row_dot` of a table whose rows are split over `memory` shards, (B, T, K).
 
     Each owner multiplies its rows with the vectors of all shards, and the products meet in a reduce-scatter: one number for
     each row read, and no row moves.
     """
-    shards = rules.size("memory")
-
-    def run(table, rows, x):
-        if shards == 1:
-            return mlt_kernels.row_dot(table, rows, x, **options)
-        axis = LOGICAL_TO_MESH["memory"]
-        rows, x = (jax.lax.all_gather(a, axis, axis=0, tiled=True) for a in (rows, x))
-        own = rows - jax.lax.axis_index(axis) * table.shape[0]
-        rows = jnp.where((rows >= 0) & (own >= 0) & (own < table.shape[0]), own, -1)
-        out = mlt_kernels.row_dot(table, rows, x, **options)
-        return jax.lax.psum_scatter(out, axis, scatter_dimension=0, tiled=True)
-
-    choice = (*TOKENS, None)
-    return local(run, rules, (("memory", None), choice, choice), choice)(table_MV, rows_BTK, x_BTV)
+    return lookup.row_dot(rules, table_MV, rows_BTK, x_BTV, **options)
 
 
 def top_k(rules: Rules, x: jax.Array, k: int, axes: Axes) -> tuple[jax.Array, jax.Array]:

@@ -5,9 +5,15 @@ from typing import Any
 from mlt_kernels import dispatch
 
 from mlt.config.run import RunConfig
-from mlt.model.count import count
+from mlt.model.count import count, decoding_bytes
+from mlt.model.edges import PARTS, SCANNED
 from mlt.model.lm import LM
+from mlt.model.stack import Stack
 from mlt.parallel import ring
+from mlt.plan.tables import table_lines
+
+LONG = 131_072
+"""Tokens after which the plan says what decoding keeps."""
 
 
 def plan_text(config: RunConfig, specs: LM) -> str:
@@ -24,17 +30,18 @@ def plan_text(config: RunConfig, specs: LM) -> str:
     lines = [
         f"model        {total.params:,} parameters, {total.table_params:,} of them in tables; "
         f"{total.active_params:,} active per token",
-        f"stack        {stack.num_layers} layers: head {len(stack.head)}, period {len(stack.period)} x {stack.repeats}, "
-        f"tail {len(stack.tail)}",
+        f"stack        {stack.num_layers} layers: {_parts(stack)}",
         *(f"             {line}" for line in _layers(config)),
         f"compute      {3 * total.flops_per_token / 1e6:,.1f} MFLOP per token (forward and backward), "
         f"{config.train.compute_dtype}",
-        f"decoding     {total.state_values:,} state values per sequence after {seq_len:,} tokens",
+        f"decoding     {total.state_values:,} state values per sequence after {seq_len:,} tokens; "
+        f"{decoding_bytes(specs, LONG) / 2**20:,.1f} MiB after {LONG:,}, recurrent states in float32 and the rest in bfloat16",
         f"batch        {config.data.batch_size} rows of {seq_len:,} tokens, {config.train.grad_accumulation} micro-batch(es); "
         f"{config.train.steps:,} steps, {config.train.steps * config.data.batch_size * seq_len:,} tokens",
         f"mesh         {mesh}; about {_state_bytes(config, total.params) / 2**20:,.0f} MiB of parameters, gradients and AdamW "
         f"state per device",
         *([f"sequence     {'; '.join(_crossings(config))}"] if config.mesh.context > 1 else []),
+        *([f"tables       {'; '.join(tables)}"] if (tables := table_lines(config, specs)) else []),
         f"memory       {'; '.join(config.remat.describe())}",
         f"backends     {', '.join(_backends(config))}",
     ]
@@ -71,9 +78,15 @@ def ring_shape(config: RunConfig, mixer: Any) -> dict[str, Any]:
     return {**shape, "tokens": config.data.sequence_length, "window": getattr(mixer, "window", None)}
 
 
+def _parts(stack: Stack) -> str:
+    """How many blocks each part has, and how often it runs; an upper half only where there is one."""
+    shown = [part for part in PARTS if getattr(stack, part) or part in ("head", "period", "tail")]
+    return ", ".join(f"{part} {len(getattr(stack, part))}" + f" x {stack.times(part)}" * (part in SCANNED) for part in shown)
+
+
 def _layers(config: RunConfig) -> list[str]:
     lines = []
-    for part in ("head", "period", "tail"):
+    for part in PARTS:
         for block in getattr(config.model.stack, part):
             lines.append(f"{part}: {' + '.join(type(mixer).__name__ for mixer in block.mixers)}")
     return lines

@@ -12,23 +12,27 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mlt.model.lm import LM
 from mlt.nn.param import initialize, partition, put
 from mlt.optim.base import state_shardings
+from mlt.optim.fit import check_fits
 from mlt.parallel.rules import Rules
+from mlt.train.guard import GuardState, fresh_guard
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """Attributes:
-    step: int32, optimizer steps done.
+    step: int32, steps done, skipped ones included.
     model: parameters (float32) and buffers.
     optimizer: optax state.
     key: the run's random key data (uint32), from which every later draw is folded.
+    guard: what the guard remembers of the steps before.
     """
 
     step: jax.Array
     model: LM
     optimizer: Any
     key: jax.Array
+    guard: GuardState
 
 
 def abstract_state(specs: LM, optimizer: optax.GradientTransformation, rules: Rules) -> TrainState:
@@ -44,6 +48,7 @@ def abstract_state(specs: LM, optimizer: optax.GradientTransformation, rules: Ru
         model=model,
         optimizer=slots,
         key=jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere),
+        guard=jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), jax.eval_shape(fresh_guard)),
     )
 
 
@@ -55,10 +60,17 @@ def abstract_batch(rules: Rules, rows: int, length: int) -> dict[str, jax.ShapeD
 
 
 def create_state(specs: LM, optimizer: optax.GradientTransformation, rules: Rules, seed: int) -> TrainState:
-    """A fresh state, each device making its own part."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(specs, optimizer, rules))
+    """A fresh state, each device making its own part.
+
+    Raises:
+        UserError: tables that the devices cannot hold; nothing has been made then.
+    """
+    abstract = abstract_state(specs, optimizer, rules)
+    check_fits(abstract, specs, rules)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     model = initialize(specs, seed, shardings.model)
     slots = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(partition(model)[0])
     step = put(np.zeros((), np.int32), shardings.step)
     key = np.asarray(jax.random.key_data(jax.random.key(seed)))
-    return TrainState(step, model, slots, put(key, shardings.key))
+    guard = jax.tree.map(lambda value, where: put(np.asarray(value), where), fresh_guard(), shardings.guard)
+    return TrainState(step, model, slots, put(key, shardings.key), guard)

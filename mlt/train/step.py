@@ -12,7 +12,10 @@ from mlt.loss import Batch, reduce_aux, token_losses
 from mlt.model.lm import LM
 from mlt.model.remat import Remat
 from mlt.nn.param import merge, partition
+from mlt.optim.table import apply_updates, gradient_norm, rows_only_if, scaled, without
 from mlt.parallel.rules import Rules
+from mlt.train import sparse
+from mlt.train.guard import GuardConfig, choose, judge
 from mlt.train.state import TrainState
 
 
@@ -28,6 +31,7 @@ class StepOptions:
         clip_norm: global gradient norm above which gradients are scaled down; None never clips.
         z_loss: weight of the squared log-partition.
         gradient_places: shardings of the gradients where they differ from the parameters' (`mesh.zero = 2`).
+        guard: which updates are left out.
     """
 
     rules: Rules
@@ -37,6 +41,7 @@ class StepOptions:
     clip_norm: float | None = 1.0
     z_loss: float = 0.0
     gradient_places: Any = None
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
 
 
 def train_step(
@@ -45,7 +50,8 @@ def train_step(
     """One optimizer update on a global batch; (new state, float32 scalars to log).
 
     The loss is the weighted sum over the batch's tokens divided by the batch's total weight, however the batch is
-    split into micro-batches, so ragged micro-batches do not bias it.
+    split into micro-batches, so ragged micro-batches do not bias it. Where the guard refuses the loss or the gradient, the
+    step counts but nothing moves: parameters, buffers and optimizer state, its own count included, keep their bits.
     """
     trained, buffers = partition(state.model)
     total_weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
@@ -64,23 +70,28 @@ def train_step(
         extra, _ = reduce_aux(aux)
         return loss + extra / options.grad_accumulation, (loss, aux)
 
-    gradient = jax.value_and_grad(objective, has_aux=True)
-    if options.grad_accumulation == 1:
-        (_, (loss, aux)), grads = gradient(trained, batch)
-    else:
-        loss, aux, grads = _accumulate(gradient, trained, batch, options)
+    lazy = getattr(optimizer, "lazy", ())
+    gradient = sparse.gradient(objective, lazy)
+    micro_batches = options.grad_accumulation > 1
+    run = functools.partial(_accumulate, gradient, options=options) if micro_batches else gradient
+    loss, aux, grads, records = run(trained, batch)
 
     if options.gradient_places is not None:
-        grads = jax.lax.with_sharding_constraint(grads, options.gradient_places)
-    norm = optax.tree.norm(grads)
+        grads = jax.lax.with_sharding_constraint(grads, without(options.gradient_places, lazy))
+    grads = sparse.with_rows(grads, records, trained, options.rules, micro_batches=micro_batches)
+    norm = gradient_norm(grads)
     if options.clip_norm is not None:
-        scale = jnp.minimum(1.0, options.clip_norm / (norm + 1e-6))
-        grads = jax.tree.map(lambda g: g * scale, grads)
+        grads = scaled(grads, jnp.minimum(1.0, options.clip_norm / (norm + 1e-6)))
+    accept, guard, told = judge(state.guard, loss, norm, options.guard)
+    if options.guard.skips:
+        grads = rows_only_if(accept, grads)
     updates, opt_state = optimizer.update(grads, state.optimizer, trained)
-    model = merge(optax.apply_updates(trained, updates), buffers).updated(aux)
-    metrics = {"train/loss": loss, "train/grad_norm": norm}
+    model = merge(apply_updates(trained, updates), buffers).updated(aux)
+    if options.guard.skips:
+        model, opt_state = sparse.kept(accept, (model, opt_state), (state.model, state.optimizer), lazy, choose)
+    metrics = {"train/loss": loss, "train/grad_norm": norm, **told}
     metrics |= {f"aux/{name.split('/', 1)[1]}": value for name, value in reduce_aux(aux)[1].items()}
-    return TrainState(state.step + 1, model, opt_state, state.key), metrics
+    return TrainState(state.step + 1, model, opt_state, state.key, guard), metrics
 
 
 def jit_train_step(abstract: TrainState, optimizer: optax.GradientTransformation, options: StepOptions) -> Any:
@@ -95,7 +106,7 @@ def jit_train_step(abstract: TrainState, optimizer: optax.GradientTransformation
 
 
 def _accumulate(gradient, trained, batch, options):
-    """Sum losses, aux and gradients over micro-batches in one scan."""
+    """Sum losses, aux and gradients over micro-batches in one scan; records of table rows are stacked."""
     count = options.grad_accumulation
 
     def split(x: jax.Array) -> jax.Array:
@@ -103,21 +114,16 @@ def _accumulate(gradient, trained, batch, options):
         parts = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
         return options.rules.constrain(parts, (None, "batch", "seq"))
 
-    def body(total: Any, micro: Batch) -> tuple[Any, None]:
-        (_, (loss, aux)), grads = gradient(trained, micro)
-        return jax.tree.map(jnp.add, total, (loss, aux, grads)), None
+    def body(total: Any, micro: Batch) -> tuple[Any, sparse.Records]:
+        *sums, records = gradient(trained, micro)
+        return jax.tree.map(jnp.add, total, sums), records
 
     micro_batches = jax.tree.map(split, batch)
     one = jax.tree.map(lambda x: x[0], micro_batches)
-    shapes = jax.eval_shape(lambda m: _reorder(gradient(trained, m)), one)
+    *shapes, _ = jax.eval_shape(lambda m: gradient(trained, m), one)
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    (loss, aux, grads), _ = jax.lax.scan(body, start, micro_batches)
-    return loss, _average_metrics(aux, count), grads
-
-
-def _reorder(result):
-    (_, (loss, aux)), grads = result
-    return loss, aux, grads
+    (loss, aux, grads), records = jax.lax.scan(body, start, micro_batches)
+    return loss, _average_metrics(aux, count), grads, records
 
 
 def _average_metrics(aux, count):

@@ -374,8 +374,8 @@ def test_user_errors():
         ({"seed": -1}, "seed"),
         ({"layer_ids": (1, 1)}, "layer_ids"),
         ({"layer_id": 2}, "layer_id"),
-        ({"rows_per_head": 2**29}, "rows_per_head"),
-        ({"rows_per_head": 2**29 - 10}, "rows_per_head"),
+        ({"rows_per_head": 2**62}, "rows_per_head"),
+        ({"rows_per_head": 2**60}, "rows_per_head"),
     ],
 )
 def test_problems(fields, path):

@@ -11,6 +11,11 @@ from mlt_kernels.testing import assert_close, assert_same_bits, check_isolation,
 from mlt.mixers.base import BuildInfo, Context
 from mlt.mixers.channel.product_key_memory import ProductKeyMemory
 from mlt.mixers.product_keys import best_pairs
+from mlt.model.block import Block
+from mlt.model.count import count as count_model
+from mlt.model.lm import LMConfig
+from mlt.model.remat import Remat
+from mlt.model.stack import Stack
 from mlt.nn.param import initialize
 from mlt.parallel.rules import Rules
 
@@ -167,3 +172,32 @@ def test_problems(fields, path):
 
 def test_good_configs_have_no_problems():
     assert not [problem for config in (GATED, WHOLE) for problem in config.problems()]
+
+
+def test_layers_share_one_table_and_its_gradient_adds_up():
+    shared = GATED.replace(shared_values="memory")
+    blocks = [Block(mixers=(config,)) for config in (GATED, shared)]
+    own, one = (LMConfig(d_model=D, vocab_size=32, stack=Stack(period=(block,), repeats=2)) for block in blocks)
+    specs = one.build()
+    rows = GATED.num_rows * GATED.value_dim
+    assert count_model(one, specs, 8).table_params == rows
+    assert count_model(own, own.build(), 8).table_params == 2 * rows
+    read = 2 * GATED.num_heads * GATED.num_selected * GATED.value_dim
+    assert count_model(one, specs, 8).active_params == count_model(one, specs, 8).params - rows + read
+    model, other = initialize(specs, 0), initialize(own.build(), 0)
+    table = model.stack.shared["memory"].values[...]
+    for name in ("embed", "norm", "head"):
+        setattr(other, name, getattr(model, name))
+    mine, theirs = (m.stack.period[0].sub_layers[0] for m in (model, other))
+    theirs.norm = mine.norm
+    for name in ("keys", "query", "query_norm", "gate", "output"):
+        setattr(theirs.mixer, name, getattr(mine.mixer, name))
+    theirs.mixer.values = theirs.mixer.values.replace(jnp.stack([table, table]))
+    _, ctx = inputs()
+
+    def total(model):
+        hidden = model(ctx, dtype=jnp.dtype("float32"), remat=Remat())[0]
+        return (jnp.where(ctx.is_token[..., None], hidden, 0.0)[..., 0] ** 2).sum()
+
+    want = jax.jit(jax.grad(total))(other).stack.period[0].sub_layers[0].mixer.values[...].sum(0)
+    assert_close(jax.jit(jax.grad(total))(model).stack.shared["memory"].values[...], want, max_rel=1e-5)

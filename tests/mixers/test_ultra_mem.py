@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 from mlt_kernels.testing import assert_close, positions, segment_ids
 
+from mlt.config.problems import collect_problems
 from mlt.mixers.base import BuildInfo, Context
-from mlt.mixers.channel.ultra_mem import UltraMem, analytic_value_std
+from mlt.mixers.channel.ultra_mem import Ring, UltraMem, analytic_value_std
 from mlt.mixers.tucker_keys import aligned, find_cells
-from mlt.nn.param import Buffer, initialize, merge, partition
+from mlt.model.block import Block
+from mlt.model.lm import LMConfig
+from mlt.model.remat import Remat
+from mlt.model.stack import Stack
+from mlt.nn.param import Buffer, initialize, merge, named_leaves, partition
 from mlt.parallel.rules import Rules
 
 D = 16
@@ -49,9 +54,9 @@ def plain(mixer, x, is_token, cells):
     weights = jnp.einsum("bthkr,hcrs,bthks->bthkc", row, tucker.cores[...], column)
     virtual = np.asarray(mixer.permutation[...])[cells[0] * config.num_virtual_keys + cells[1]]
     real = jax.nn.one_hot(virtual % config.num_rows, config.num_rows, dtype=x.dtype)
-    values = mixer.values[...].reshape(config.num_rows, config.num_cores, -1)
-    if mixer.pre_values is not None:
-        pre = jnp.einsum("bthkn,np->bthkp", real, mixer.pre_values[...])
+    values = mixer.tables.values[...].reshape(config.num_rows, config.num_cores, -1)
+    if mixer.pre_query is not None:
+        pre = jnp.einsum("bthkn,np->bthkp", real, mixer.tables.pre_values[...])
         weights = weights * jnp.einsum("bthkp,btp->bthk", pre, x @ mixer.pre_query.kernel[...])[..., None]
     group = virtual // config.num_rows if config.group_outputs else np.zeros_like(virtual)
     group = jax.nn.one_hot(group, config.num_groups, dtype=x.dtype) * is_token[..., None, None, None]
@@ -173,6 +178,45 @@ def test_virtual_rows_fold_onto_real_ones():
         mixer.permutation = mixer.permutation.replace(jnp.asarray(table, jnp.int32))
         results.append(np.asarray(mixer(x, ctx)[0]))
     np.testing.assert_array_equal(*results)
+
+
+def ringed(number: int = 0) -> UltraMem:
+    ring = Ring(name="memory", num_layers=4, share=0.5, number=number)
+    return UltraMem(num_keys=4, num_selected=3, key_dim=8, value_dim=8, pre_value_dim=4, ring=ring)
+
+
+def test_layers_of_a_ring_read_one_pair_of_tables_that_wraps():
+    """A scanned stack against four unrolled layers of the same weights; gradients of the tables add up over layers."""
+    scanned = LMConfig(d_model=D, vocab_size=32, stack=Stack(period=(Block(mixers=(ringed(),)),), repeats=4))
+    unrolled = scanned.replace(stack=Stack(head=tuple(Block(mixers=(ringed(i),)) for i in range(4))))
+    assert not list(collect_problems(scanned)) + list(collect_problems(unrolled))
+    model, other = initialize(scanned.build(), 0), initialize(unrolled.build(), 0)
+    tables = [name for name, _ in named_leaves(model) if "values" in name]
+    assert tables == ["stack.shared.memory.pre_values", "stack.shared.memory.values"]
+    mixers = [jax.tree.map(lambda leaf, i=i: leaf[i], model.stack.period[0].sub_layers[0].mixer) for i in range(4)]
+    assert [int(m.number[...]) for m in mixers] == [0, 1, 2, 3]
+    # 4 * 16 rows in all, of which a layer addresses 5^2, the last one from row 48 on.
+    virtual = jnp.arange(25)
+    np.testing.assert_array_equal(mixers[3]._real(virtual), (np.arange(25) + 48) % 64)
+    assert model.stack.shared["memory"].values.shape == (64 * 2, 4)
+
+    other.embed, other.norm, other.head, other.stack.shared = model.embed, model.norm, model.head, model.stack.shared
+    for i in range(4):
+        other.stack.head[i] = jax.tree.map(lambda leaf, i=i: leaf[i], model.stack.period[0])
+    _, ctx = inputs()
+
+    @jax.jit
+    def run(model):
+        trained, buffers = partition(model)
+
+        def total(trained):
+            hidden = merge(trained, buffers)(ctx, dtype=jnp.dtype("float32"), remat=Remat())[0]
+            return (jnp.where(ctx.is_token[..., None], hidden, 0.0)[..., 0] ** 2).sum()
+
+        value, grads = jax.value_and_grad(total)(trained)
+        return value, grads.stack.shared
+
+    assert_close(run(model), run(other), max_rel=1e-5)
 
 
 def test_balance_loss_is_its_coefficient_where_keys_are_used_evenly():

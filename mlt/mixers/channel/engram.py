@@ -17,10 +17,12 @@ from mlt.nn.ngram_hash import NgramTables, compression_map, multipliers, ngram_r
 from mlt.nn.norm import RMSNorm
 from mlt.nn.param import Buffer, buffer, fan_in, given, normal, param, zeros
 from mlt.parallel import ops
+from mlt.parallel.table import MOST_LOCAL_ROWS, WideRows
 
 ROW_MULTIPLE = 1024
 """The flat table is padded to a multiple of this many rows, so that it splits over any likely number of devices."""
 
+MOST_ROWS = 2**62
 CONV_WIDTH = 4
 GATE_FLOOR = 1e-6
 
@@ -103,10 +105,10 @@ class Engram(ChannelMixerConfig):
             ways_out = "list every Engram layer of the model there, this one too"
             yield Problem("layer_id", self.layer_id, f"must be one of layer_ids = {self.layer_ids}", ways_out)
             return
-        if self.num_tables * self.rows_per_head >= 2**31 or _padded(self.tables.num_rows) >= 2**31:
+        if self.num_tables * self.rows_per_head >= MOST_ROWS:
             rows = f"makes about {self.num_tables * self.rows_per_head} rows in {self.num_tables} tables"
-            ways_out = f"use at most {(2**31 - 1) // self.num_tables - ROW_MULTIPLE}"
-            yield Problem("rows_per_head", self.rows_per_head, f"{rows}; row ids are 32-bit", ways_out)
+            ways_out = f"use at most {MOST_ROWS // self.num_tables}"
+            yield Problem("rows_per_head", self.rows_per_head, f"{rows}; row ids have 63 bits", ways_out)
 
     def build(self, info: BuildInfo) -> "EngramMixer":
         return EngramMixer(self, info)
@@ -147,10 +149,10 @@ class EngramMixer(Mixer):
         self.conv = CausalConv(stream, width=CONV_WIDTH, dilation=config.max_ngram, init=zeros) if config.conv else None
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
-        gated_BTD = self._gated(x_BTD, self._rows_over(ctx), ctx)
+        gated_BTD, aux = self._gated(x_BTD, self._rows_over(ctx), ctx)
         if self.conv is None or self.conv_norm is None:
-            return gated_BTD, {}
-        return gated_BTD + self.conv(self.conv_norm(gated_BTD), ctx, segment_ids_BT=self._conv_segments(ctx.segment_ids)), {}
+            return gated_BTD, aux
+        return gated_BTD + self.conv(self.conv_norm(gated_BTD), ctx, segment_ids_BT=self._conv_segments(ctx.segment_ids)), aux
 
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
         """Compressed ids of the last max_ngram - 1 tokens (-1 where there is none), their segment, the conv's halo."""
@@ -165,7 +167,8 @@ class EngramMixer(Mixer):
         # The past goes under the first new token's segment where it is the same document, else under none.
         past_segment = jnp.where(keep, ctx.segment_ids[:, 0], 0)[:, None]
         segments = jnp.concatenate([jnp.broadcast_to(past_segment, state["ids"].shape), ctx.segment_ids], axis=1)
-        gated_BTD = self._gated(x_BTD, self.rows(ids, segments)[:, past:], ctx)
+        rows_BTS = jax.tree.map(lambda words: words[:, past:], self.rows(ids, segments))
+        gated_BTD, _ = self._gated(x_BTD, rows_BTS, ctx)
         ends = (segments[:, -past:] == segments[:, -1:]) | self.config.cross_document
         new = {"ids": jnp.where(ends, ids[:, -past:], -1), "segment": ctx.segment_ids[:, -1]}
         if self.conv is None or self.conv_norm is None:
@@ -180,11 +183,11 @@ class EngramMixer(Mixer):
             return token_ids_BT
         return jnp.where(token_ids_BT < 0, token_ids_BT, self.token_map[...][jnp.maximum(token_ids_BT, 0)])
 
-    def rows(self, compressed_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-        """Rows of the table that each token reads, (B, T, S) int32; -1 for none. They depend on token ids alone."""
+    def rows(self, compressed_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array | WideRows:
+        """Rows of the table that each token reads, (B, T, S); -1 for none. They depend on token ids alone."""
         return self._hash(compressed_BT, segment_ids_BT, self.multipliers[...], self._pad_id())
 
-    def _rows_over(self, ctx: Context) -> jax.Array:
+    def _rows_over(self, ctx: Context) -> jax.Array | WideRows:
         """`rows` of the call's tokens; a sequence shard gets the few token ids in front of it."""
 
         def run(numbers_BT, segment_ids_BT, words_N2, pad_id):
@@ -193,7 +196,9 @@ class EngramMixer(Mixer):
         # Zeros stand in front of a row: counted from one, they are no token.
         arrays = (self.compressed(ctx.token_ids) + 1, ctx.segment_ids)
         others = (self.multipliers[...], jnp.asarray(self._pad_id(), jnp.int32))
-        return ops.with_left_context(run, ctx.rules, self.config.max_ngram - 1, arrays, others, ("batch", "seq", None))
+        axes = ("batch", "seq", None)
+        output = axes if self.tables.num_rows <= MOST_LOCAL_ROWS else WideRows(axes, axes)
+        return ops.with_left_context(run, ctx.rules, self.config.max_ngram - 1, arrays, others, output)
 
     def _pad_id(self) -> jax.Array | int:
         pad = self.config.pad_token_id
@@ -201,16 +206,18 @@ class EngramMixer(Mixer):
 
     def _hash(self, ids_BT, segment_ids_BT, words_N2, pad_id):
         crossing = self.config.cross_document
-        return ngram_rows(ids_BT, segment_ids_BT, words_N2, self.tables, pad_id=pad_id, cross_document=crossing)
+        rows = ngram_rows(ids_BT, segment_ids_BT, words_N2, self.tables, pad_id=pad_id, cross_document=crossing)
+        return WideRows(*rows) if isinstance(rows, tuple) else rows
 
     def _gated(self, x_BTD, rows_BTS, ctx):
-        e_BTSH = ops.row_lookup(ctx.rules, self.table[...], rows_BTS, implementation=self.config.kernel).astype(x_BTD.dtype)
-        e_BTSH = save_point(e_BTSH, "memory_out")
+        options = {"return_waiting": True, "implementation": self.config.kernel}
+        e_BTSH, aux = ops.row_lookup(ctx.rules, self.table[...], rows_BTS, **options)
+        e_BTSH = save_point(e_BTSH.astype(x_BTD.dtype), "memory_out")
         query = self.query_norm(x_BTD.astype(jnp.float32))
         key = self.key_norm(self.key(e_BTSH).astype(jnp.float32))
         score_BT1 = (query * key).sum(-1, keepdims=True) * x_BTD.shape[-1] ** -0.5
         root_BT1 = jnp.sign(score_BT1) * jnp.sqrt(jnp.maximum(jnp.abs(score_BT1), GATE_FLOOR))
-        return (jax.nn.sigmoid(root_BT1) * self.value(e_BTSH)).astype(x_BTD.dtype)
+        return (jax.nn.sigmoid(root_BT1) * self.value(e_BTSH)).astype(x_BTD.dtype), aux
 
     def _conv_segments(self, segment_ids_BT):
         return jnp.ones_like(segment_ids_BT) if self.config.cross_document else segment_ids_BT

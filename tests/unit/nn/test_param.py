@@ -1,5 +1,8 @@
 """Parameters are described, then made: by name, whatever the mesh."""
 
+import dataclasses
+import tracemalloc
+
 import jax
 import numpy as np
 from flax import nnx
@@ -59,3 +62,40 @@ def test_partition_and_merge_undo_each_other():
 def test_initial_spread():
     wide = initialize(Linear((("embed", 400),), (("ffn", 300),), init=fan_in(400)), 0)
     assert abs(float(np.std(wide.kernel[...])) - 400**-0.5) < 0.01 * 400**-0.5
+
+
+class Table(nnx.Module):
+    def __init__(self, rows: int, width: int):
+        self.table = param((rows, width), ("memory", None), normal(0.5), group="table")
+
+
+def test_a_shard_of_a_table_is_drawn_alone():
+    """Of 2 layers of 2^20 rows, one of 64 owners draws its own in a fraction of the memory, with the bits of the whole."""
+    (spec,) = jax.tree.leaves(stack_specs(Table(2**20, 8), 2))
+    tracemalloc.start()
+    rows, own = {}, 2**20 // 64
+    for shard in (0, 16, 63):
+        rows[shard] = spec.make_rows(3, "table", shard * own, (shard + 1) * own)
+    assert tracemalloc.get_traced_memory()[1] < spec.nbytes / 3
+    tracemalloc.stop()
+    whole = spec.make(3, "table")
+    for shard, values in rows.items():
+        np.testing.assert_array_equal(values, whole[:, shard * own : (shard + 1) * own])
+    assert abs(whole.std() - 0.5) < 1e-3
+    blocks = whole.reshape(2, 8, -1)
+    assert len(np.unique(blocks[:, :, :2].round(6))) == 32, "a block repeats another"
+
+
+def test_small_tables_are_drawn_like_other_parameters():
+    described = Table(24, 6)
+    plain = dataclasses.replace(described.table.get_value(), group="matrix")
+    np.testing.assert_array_equal(described.table.get_value().make(5, "a"), plain.make(5, "a"))
+    np.testing.assert_array_equal(described.table.get_value().stacked(3).make(5, "a"), plain.stacked(3).make(5, "a"))
+
+
+def test_tables_on_a_mesh_have_the_bits_of_one_device():
+    specs = stack_specs(Table(24, 6), 2)
+    rules = Rules(Layout(replica=2, fsdp=4).build())
+    spread = initialize(specs, 0, rules.param_shardings(specs)).table[...]
+    assert spread.addressable_shards[0].data.shape == (2, 6, 6)
+    np.testing.assert_array_equal(spread, initialize(specs, 0).table[...])
