@@ -84,16 +84,39 @@ def check(config: Path, params: bool, args: tuple[str, ...], sets: tuple[str, ..
 @config_argument
 @click.option("--seed", default=0, show_default=True, help="Of the random weights and documents.")
 @click.option("--mesh", metavar="AXIS=N,...", help="Compare this layout with one device instead, e.g. context=4,fsdp=2.")
+@click.option("--resume", is_flag=True, help="Make the resume certificate instead: kill runs, resume them, compare.")
+@click.option("--steps", default=12, show_default=True, help="--resume: of each run.")
+@click.option("--kills", default=10, show_default=True, help="--resume: in all.")
+@click.option("--processes", default=2, show_default=True, help="--resume: the other number of processes; 1 tries none.")
+@click.option("--out", type=click.Path(path_type=Path), help="--resume: where the certificate goes; a run's own directory.")
 @config_options
-def verify(config: Path, seed: int, mesh: str | None, args: tuple[str, ...], sets: tuple[str, ...]) -> None:
-    """Prove isolation, causality, decoding and finite gradients of a config's model, or that a layout computes the same."""
-    loaded = _load(config, args, sets)
-    from mlt.verify.run import parse_layout, verify, verify_mesh
+def verify(
+    config: Path,
+    seed: int,
+    mesh: str | None,
+    resume: bool,
+    steps: int,
+    kills: int,
+    processes: int,
+    out: Path | None,
+    args: tuple[str, ...],
+    sets: tuple[str, ...],
+) -> None:
+    """Prove isolation, causality, decoding and finite gradients of a config's model, or that a layout computes the same.
 
-    if mesh is None:
+    --resume proves that a run that is killed and resumed ends as one that never was, and (--mesh) goes on on other devices.
+    """
+    loaded = _load(config, args, sets)
+    from mlt.verify.run import Options, certify, parse_layout, verify, verify_mesh
+
+    layout = None if mesh is None else parse_layout(mesh, loaded.mesh)
+    if resume:
+        options = Options(steps=steps, kills=kills, layout=layout, processes=processes, name=str(config))
+        passed = certify(loaded, options, config, out, say=click.echo)
+    elif layout is None:
         passed = verify(loaded, seed=seed, say=click.echo)
     else:
-        passed = verify_mesh(loaded, parse_layout(mesh, loaded.mesh), seed=seed, say=click.echo)
+        passed = verify_mesh(loaded, layout, seed=seed, say=click.echo)
     if not passed:
         sys.exit(1)
 
@@ -110,6 +133,20 @@ def generate(run_dir: Path, prompt: str, tokens: int, temperature: float, seed: 
     from mlt.evals.sample import sample_run
 
     click.echo(sample_run(run_dir, prompt, tokens=tokens, temperature=temperature, seed=seed, step=step))
+
+
+@cli.command("eval")
+@run_argument
+@click.option("--suite", default="recall", show_default=True, help="What to ask: recall.")
+@click.option("--rows", default=200, show_default=True, help="Rows of each setting.")
+@click.option("--seed", default=0, show_default=True, help="Of the rows.")
+@click.option("--step", type=int, help="Checkpoint to use; the newest by default.")
+@click.option("--long-mamba", type=int, metavar="TOKENS", help="Extend Mamba layers that were trained on rows of so many tokens.")
+def eval_(run_dir: Path, suite: str, rows: int, seed: int, step: int | None, long_mamba: int | None) -> None:
+    """Ask a run's model what it can do: the suites are in docs/recall.md."""
+    from mlt.evals.suites import evaluate_run
+
+    evaluate_run(run_dir, suite, say=click.echo, rows=rows, seed=seed, step=step, long_mamba=long_mamba)
 
 
 @cli.command()
@@ -181,6 +218,67 @@ def launch(config: Path, site: Path, run_dir: Path | None, dry_run: bool, args: 
 
     if code := launch(loaded, config, site, run_dir, dry_run=dry_run, say=click.echo):
         sys.exit(code)
+
+
+@cli.group()
+def checkpoint() -> None:
+    """Look at checkpoints: no accelerator, no model.
+
+    PLACE is a run directory, a directory of checkpoints, or a durable place (path or URL).
+    """
+    # Set before JAX is imported: these commands read files, and must not take a device from a run.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+level_option = click.option("--level", type=click.Choice(["local", "durable"]), help="Only the checkpoints of this level.")
+
+
+@checkpoint.command("list")
+@click.argument("place")
+@level_option
+def list_(place: str, level: str | None) -> None:
+    """Every checkpoint: step, level, state, size, age."""
+    from mlt.checkpoint.show import list_text
+
+    click.echo(list_text(place, level))
+
+
+@checkpoint.command()
+@click.argument("place")
+@click.option("--step", type=int, help="The newest by default.")
+@level_option
+def inspect(place: str, step: int | None, level: str | None) -> None:
+    """The tree of one checkpoint: path, shape, type, bytes, sharding; and what the run recorded with it."""
+    from mlt.checkpoint.show import inspect_text
+
+    click.echo(inspect_text(place, step, level))
+
+
+@checkpoint.command()
+@click.argument("first")
+@click.argument("second")
+def diff(first: str, second: str) -> None:
+    """Compare two checkpoints leaf by leaf; exit code 1 where they differ.
+
+    Each is a step directory, or a PLACE with @STEP behind it (the newest step without).
+    """
+    from mlt.checkpoint.show import diff_text
+
+    text, different = diff_text(first, second)
+    click.echo(text)
+    sys.exit(int(different))
+
+
+@checkpoint.command("verify")
+@click.argument("place")
+@level_option
+def verify_(place: str, level: str | None) -> None:
+    """Read every committed checkpoint again, to the last byte; exit code 1 where one is damaged."""
+    from mlt.checkpoint.show import verify_text
+
+    text, whole = verify_text(place, level)
+    click.echo(text)
+    sys.exit(int(not whole))
 
 
 def _load(path: Path, args: tuple[str, ...], sets: tuple[str, ...]):

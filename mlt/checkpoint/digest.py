@@ -10,7 +10,7 @@ not depend on the sharding, the mesh or the number of processes. Arrays in host 
 to compile), arrays in device memory on their devices (nothing to transfer); both give the same number.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,7 +41,23 @@ def digests(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
         gathered = np.asarray(multihost_utils.process_allgather(np.array(list(parts.values()), np.uint32)))
         parts = {path: np.sum(gathered[:, index], dtype=np.uint32) for index, path in enumerate(parts)}
     found |= parts
-    return {path: f"{int(found[path]):08x}" for path in arrays}
+    return {path: text_of(int(found[path])) for path in arrays}
+
+
+def part_digest(part: np.ndarray, starts: Sequence[int], shape: tuple[int, ...]) -> int:
+    """Hash a part of an array; the parts' numbers add up to the array's, mod 2**32.
+
+    Args:
+      part: its values, which begin at index `starts` of the whole.
+      starts: one index for each dim.
+      shape: of the whole.
+    """
+    return int(_numpy_digest(part, list(starts), _strides(shape)))
+
+
+def text_of(digest: int) -> str:
+    """Give a digest as it is recorded."""
+    return f"{digest & 0xFFFFFFFF:08x}"
 
 
 def in_host_memory(array: jax.Array) -> bool:

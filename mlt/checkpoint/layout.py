@@ -3,6 +3,7 @@
     <run>/checkpoints/<step>/state/            the arrays (Orbax, OCDBT)
     <run>/checkpoints/<step>/data/metadata     position in the data, JSON
     <run>/checkpoints/<step>/meta/metadata     what the run recorded, the table of leaves and check sums, JSON
+    <run>/checkpoints/durable                  where the durable copies go, see `mlt.checkpoint.durable`
 
 A save is written beside its place and renamed when it is complete, so a step directory with a commit time is whole.
 Everything else is left over from a writer that died.
@@ -10,8 +11,9 @@ Everything else is left over from a writer that died.
 
 import json
 import logging
+import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +25,27 @@ _FORMAT = 1
 _COMMIT_FILE = "_CHECKPOINT_METADATA"
 _JSON_FILE = "metadata"
 _UNFINISHED_MARK = ".orbax-checkpoint-tmp"
+_DELETED_MARK = ".deleted"
 
 
 class CheckpointError(UserError):
     """A checkpoint could not be written, or what is on the disk cannot be read back."""
+
+
+class StepFiles(NamedTuple):
+    """Where the files of one step are read from, at either level.
+
+    Attributes:
+      step: its number.
+      name: path or URL, for messages.
+      read: contents of a file by its name below the step; raises OSError.
+      driver: TensorStore's specification of the key-value store below a name that ends in a slash.
+    """
+
+    step: int
+    name: str
+    read: Callable[[str], bytes]
+    driver: Callable[[str], dict[str, Any]]
 
 
 class Record(NamedTuple):
@@ -40,6 +59,17 @@ class Record(NamedTuple):
 def step_path(directory: Path, step: int) -> Path:
     """Give the directory of one step."""
     return directory / str(step)
+
+
+def step_files(path: Path, step: int | None = None) -> StepFiles:
+    """Give the files of a step directory on this machine; its name is the step unless told."""
+    path = path.absolute()
+    return StepFiles(
+        int(path.name) if step is None else step,
+        str(path),
+        lambda name: (path / name).read_bytes(),
+        lambda name: {"driver": "file", "path": f"{path / name}/"},
+    )
 
 
 def committed_steps(directory: str | Path) -> list[int]:
@@ -67,6 +97,21 @@ def set_aside(path: Path) -> Path:
     return target
 
 
+def delete_step(path: Path) -> None:
+    """Delete a step directory. It is renamed first: one that a kill leaves half deleted does not count as a step."""
+    target = path.with_name(path.name + _DELETED_MARK)
+    shutil.rmtree(target, ignore_errors=True)
+    path.rename(target)
+    shutil.rmtree(target, ignore_errors=True)
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Delete what a writer that died left of temporary and half deleted directories."""
+    for path in _list(directory):
+        if path.name.endswith((_UNFINISHED_MARK, _DELETED_MARK)) and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def encode(meta: Mapping[str, Any], data: Mapping[str, Any], leaves: Mapping[str, Leaf]) -> tuple[dict, dict]:
     """Build the contents of the two JSON items, `meta` and `data`.
 
@@ -81,22 +126,37 @@ def encode(meta: Mapping[str, Any], data: Mapping[str, Any], leaves: Mapping[str
     return {**body, "crc32": _crc32(body)}, data_copy
 
 
-def read_record(path: Path) -> Record:
-    """Read and verify the JSON items of a committed step directory, without touching an array.
+def read_record(place: Path | StepFiles) -> Record:
+    """Read and verify the JSON items of a committed step, without touching an array.
+
+    Args:
+      place: a step directory, or the files of a step at either level.
 
     Raises:
       CheckpointError: a file is missing, unreadable or altered.
     """
-    body, data = _read_json(path / "meta" / _JSON_FILE), _read_json(path / "data" / _JSON_FILE)
+    files = place if isinstance(place, StepFiles) else step_files(place)
+    body, data = _read_json(files, f"meta/{_JSON_FILE}"), _read_json(files, f"data/{_JSON_FILE}")
     if body.get("format") != _FORMAT:
-        raise CheckpointError(f"checkpoint {path} has format {body.get('format')!r}; this version of mlt reads format {_FORMAT}")
+        raise CheckpointError(
+            f"checkpoint {files.name} has format {body.get('format')!r}; this version of mlt reads format {_FORMAT}: "
+            "use the version that wrote it (its `versions` are in meta/metadata)"
+        )
     for name, content, expected in (
         ("meta", {key: body[key] for key in body if key != "crc32"}, body.get("crc32")),
         ("data", data, body.get("data_crc32")),
     ):
         if _crc32(content) != expected:
-            raise CheckpointError(f"checkpoint {path} is damaged: the contents of {name}/{_JSON_FILE} were altered")
+            raise damaged(files.name, f"the contents of {name}/{_JSON_FILE} were altered")
     return Record(body["meta"], data, from_json(body["leaves"]))
+
+
+def damaged(name: str, reason: str) -> CheckpointError:
+    """Make the error of a step that was committed and cannot be read back."""
+    return CheckpointError(
+        f"checkpoint {name} is damaged: {reason}. A resume takes the newest whole step instead; `mlt checkpoint verify` "
+        "on its directory shows which those are"
+    )
 
 
 def read_meta(directory: str | Path, step: int) -> dict[str, Any]:
@@ -151,14 +211,14 @@ def _is_committed(path: Path) -> bool:
         return False
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(files: StepFiles, name: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(files.read(name))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
-        raise CheckpointError(f"checkpoint {path.parent.parent} is damaged: cannot read {path}: {reason}") from error
+        raise damaged(files.name, f"cannot read {name}: {reason}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"checkpoint {path.parent.parent} is damaged: {path} holds no mapping")
+        raise damaged(files.name, f"{name} holds no mapping")
     return content
 
 

@@ -1,29 +1,32 @@
-"""Read checkpoints back: strict about the tree, on any mesh, verified to the bit."""
+"""Read checkpoints back: strict about the tree, on any mesh, verified to the bit, one array at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from mlt.checkpoint.digest import digests
+from mlt.checkpoint.arrays import altered
+from mlt.checkpoint.digest import text_of
+from mlt.checkpoint.durable import Durable, remembered
 from mlt.checkpoint.layout import (
     LOGGER,
     CheckpointError,
+    StepFiles,
     committed_steps,
     read_record,
     require_step,
+    step_files,
     step_path,
     unfinished,
 )
 from mlt.checkpoint.leaves import Leaf, difference, flatten, is_key, table
-from mlt.checkpoint.storage import ignore_abandoned_reads, reason_of, silence_orbax
+from mlt.checkpoint.place import place_arrays, stored_form
 from mlt.errors import UserError
+
+_CASTS = ("float32", "bfloat16", "float16")
 
 
 class Restored(NamedTuple):
@@ -34,16 +37,27 @@ class Restored(NamedTuple):
       state: the tree of arrays, with the target's structure, types and shardings.
       data: the position in the data, as given to `save`.
       meta: what the run recorded, as given to `save`.
+      source: the path or URL it was read from.
     """
 
     step: int
     state: Any
     data: dict[str, Any]
     meta: dict[str, Any]
+    source: str = ""
 
 
-def restore(directory: str | Path, target: Any, *, step: int | None = None, subtree: str | None = None) -> Restored:
+def restore(
+    directory: str | Path,
+    target: Any,
+    *,
+    step: int | None = None,
+    subtree: str | None = None,
+    dtypes: Mapping[str, str] | None = None,
+) -> Restored:
     """Restore one step, the newest committed one by default. Writes nothing; safe beside a running training.
+
+    Where the directory has lost the step (or every step), the durable copy is read, if the directory names one.
 
     Args:
       directory: the directory that holds the steps.
@@ -51,32 +65,37 @@ def restore(directory: str | Path, target: Any, *, step: int | None = None, subt
       step: the step to read.
       subtree: restore only the part of the saved state under this path, e.g. "model"; `target` is then the tree of
         that part, and nothing else is read.
+      dtypes: path -> float32, bfloat16 or float16, e.g. {"optimizer": "bfloat16"}: floating arrays at and below that
+        path come back in this type instead of the saved one, rounded after their digests are verified. The longest path
+        that fits an array decides; "" fits all. Without it types are never changed.
 
     Raises:
       UserError: the saved tree differs from the target in a path, a shape or a type; the message lists how.
       CheckpointError: there is no such step, or what is on the disk is damaged.
     """
     directory = Path(directory)
-    if step is None:
-        step = _newest(directory)
-    return _restore_step(require_step(directory, step), step, target, subtree)
+    return _restore_step(_find(directory, step), target, subtree, dtypes or {})
 
 
 def restore_latest(
     directory: str | Path,
     target: Any,
     *,
+    durable: Durable | None = None,
     subtree: str | None = None,
-    on_damage: Callable[[int], None] | None = None,
+    dtypes: Mapping[str, str] | None = None,
+    on_damage: Callable[[StepFiles], None] | None = None,
 ) -> Restored | None:
-    """Restore the newest step that can be read, going back over damaged ones with a warning for each.
+    """Restore the newest step of either level that can be read, going back over damaged ones with a warning for each.
 
     A tree that does not fit the target is not damage: it raises, and no older step is tried.
 
     Args:
       directory: the directory that holds the steps.
       target: as for `restore`.
+      durable: the durable place; a step that is at both levels is read from the directory.
       subtree: as for `restore`.
+      dtypes: as for `restore`.
       on_damage: called with every damaged step once all processes agree on it.
 
     Returns:
@@ -84,125 +103,142 @@ def restore_latest(
 
     Raises:
       UserError: the saved tree differs from the target.
-      CheckpointError: there are committed steps and every one of them is damaged.
+      CheckpointError: there are committed steps and every one of them is damaged, or there is no local step and the
+        durable place cannot be read.
     """
-    directory, tried = Path(directory), []
+    directory = Path(directory)
+    tried: list[tuple[int, int]] = []
     for path in unfinished(directory):
         LOGGER.warning("ignoring unfinished checkpoint %s: it is being written, or its writer died", path)
+    far = _durable_steps(durable, needed=not committed_steps(directory))
     while True:
-        left = [step for step in committed_steps(directory) if step not in tried]
-        step = _from_first_process(left[-1] if left else -1)
+        # The local copy comes first among equals; -1 stands for no step at all.
+        left = {(step, 1) for step in committed_steps(directory)} | {(step, 0) for step in far}
+        step, local = _from_first_process(max(left - set(tried), default=(-1, 1)))
         if step < 0:
             break
+        files = step_files(step_path(directory, step)) if local or durable is None else durable.files(step)
         try:
-            return _restore_step(step_path(directory, step), step, target, subtree)
+            return _restore_step(files, target, subtree, dtypes or {})
         except CheckpointError as error:
-            LOGGER.warning("%s; going back to the step before it", error)
-        tried.append(step)
+            LOGGER.warning("%s", error)
+        tried.append((step, local))
         if on_damage is not None:
-            on_damage(step)
+            on_damage(files)
     if tried:
+        also = f" and {durable.url}" if durable is not None else ""
+        steps = ", ".join(str(step) for step in dict.fromkeys(step for step, _ in tried))
         raise CheckpointError(
-            f"none of the checkpoints in {directory} can be read: steps {', '.join(map(str, tried))} are damaged (see "
-            "the warnings above); restore the files from a copy, or start again in a new run directory"
+            f"none of the checkpoints in {directory}{also} can be read: steps {steps} are damaged (see the warnings above); "
+            "restore the files from a copy, or start again in a new run directory"
         )
     return None
 
 
-def _restore_step(path: Path, step: int, target: Any, subtree: str | None) -> Restored:
+def _restore_step(files: StepFiles, target: Any, subtree: str | None, dtypes: Mapping[str, str]) -> Restored:
     """Read on every process first, then verify together: a process that fails alone must not leave the others waiting."""
     prefix = f"{subtree}/" if subtree else ""
-    wanted = flatten(target, prefix=prefix)
-    record, saved, arrays, problem = None, {}, {}, None
+    wanted = {name: _retyped(name, leaf, dtypes) for name, leaf in flatten(target, prefix=prefix).items()}
+    record, saved, placed, problem = None, {}, None, None
     try:
-        record = read_record(path)
+        record = read_record(files)
         saved = {name: leaf for name, leaf in record.leaves.items() if name.startswith(prefix)}
-        _check_fit(path, saved, wanted)
-        arrays = _read_arrays(path, {name: _plain(leaf) for name, leaf in wanted.items()})
+        _check_fit(files, saved, wanted, dtypes)
+        placed = place_arrays(files, saved, {name: stored_form(leaf) for name, leaf in wanted.items()})
     except UserError as error:
         problem = error
-    if not _everywhere(problem is None) or record is None:
-        raise problem or CheckpointError(f"checkpoint {path} is damaged: another process cannot read its part")
-    found = digests({name: arrays[name] for name in wanted})
-    altered = [name for name in wanted if found[name] != saved[name].digest]
-    if altered:
-        shown = ", ".join(altered[:5]) + (f" and {len(altered) - 5} more" if len(altered) > 5 else "")
-        raise CheckpointError(f"checkpoint {path} is damaged: the bits of {shown} are not those that were saved")
+    if not _everywhere(problem is None) or record is None or placed is None:
+        raise problem or CheckpointError(f"checkpoint {files.name} is damaged: another process cannot read its part")
+    found = _summed([placed.digests[name] for name in wanted])
+    wrong = [name for name, digest in zip(wanted, found, strict=True) if text_of(digest) != saved[name].digest]
+    if wrong:
+        raise altered(files, wrong)
     leaves = [
-        jax.random.wrap_key_data(arrays[name], impl=saved[name].key_impl) if is_key(leaf) else arrays[name]
+        jax.random.wrap_key_data(placed.arrays[name], impl=saved[name].key_impl) if is_key(leaf) else placed.arrays[name]
         for name, leaf in wanted.items()
     ]
-    return Restored(step, jax.tree.unflatten(jax.tree.structure(target), leaves), record.data, record.meta)
+    state = jax.tree.unflatten(jax.tree.structure(target), leaves)
+    return Restored(files.step, state, record.data, record.meta, files.name)
 
 
-def _check_fit(path: Path, saved: dict[str, Leaf], wanted: dict[str, Any]) -> None:
-    lines = difference(saved, table(wanted))
+def _retyped(name: str, leaf: Any, dtypes: Mapping[str, str]) -> Any:
+    """The target of a leaf with the type that `dtypes` asks for."""
+    asked = _asked_type(name, dtypes)
+    if asked is None or is_key(leaf) or not jax.numpy.issubdtype(leaf.dtype, np.floating):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, jax.numpy.dtype(asked), sharding=leaf.sharding)
+
+
+def _asked_type(name: str, dtypes: Mapping[str, str]) -> str | None:
+    fitting = [path for path in dtypes if path == "" or name == path or name.startswith(f"{path}/")]
+    if not fitting:
+        return None
+    asked = dtypes[max(fitting, key=len)]
+    if asked not in _CASTS:
+        raise UserError(f"cannot restore {max(fitting, key=len) or 'a state'} as {asked!r}; choose one of {', '.join(_CASTS)}")
+    return asked
+
+
+def _check_fit(files: StepFiles, saved: dict[str, Leaf], wanted: dict[str, Any], dtypes: Mapping[str, str]) -> None:
+    rows = table(wanted)
+    for name, row in rows.items():
+        if _asked_type(name, dtypes) == row.dtype and name in saved and saved[name].dtype in (*_CASTS, "float64"):
+            rows[name] = row._replace(dtype=saved[name].dtype)
+    lines = difference(saved, rows)
     if lines:
         raise UserError(
-            f"checkpoint {path} does not fit this model:\n{lines}\nA state is restored whole or not at all. Use the "
+            f"checkpoint {files.name} does not fit this model:\n{lines}\nA state is restored whole or not at all. Use the "
             "config that the run was started with (config.yaml in its directory), or a new run directory."
         )
 
 
-def _read_arrays(path: Path, plain: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Read arrays as they are stored; involves no other process."""
-    silence_orbax()
-    ignore_abandoned_reads()
-    stored = {name: leaf for name, leaf in plain.items() if leaf.size}
-    options = {
-        name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
-        for name, leaf in stored.items()
-    }
-    arguments = ocp.args.PyTreeRestore(stored, restore_args=options, partial_restore=True)
-    handler = ocp.PyTreeCheckpointHandler()
+def _find(directory: Path, step: int | None) -> StepFiles:
+    """The local step, or its durable copy where the directory has none and names a durable place."""
+    near = committed_steps(directory)
+    newest = near[-1] if near else -1
+    durable = None
+    if (step is None and not near) or (step is not None and step not in near):
+        durable = remembered(directory)
+        far = _durable_steps(durable, needed=False)
+        newest = far[-1] if far else -1
+        if step is not None and step not in far:
+            durable = None
+    chosen, far_away = _from_first_process((newest if step is None else step, int(durable is not None)))
+    if chosen < 0:
+        raise CheckpointError(
+            f"there is no committed checkpoint in {directory}; has the run saved one yet? (checkpoint.every_steps in its config)"
+        )
+    if far_away:
+        durable = durable or remembered(directory)
+        if durable is not None:
+            LOGGER.warning("step %d is not in %s; reading its durable copy in %s", chosen, directory, durable.url)
+            return durable.files(chosen)
+    return step_files(require_step(directory, chosen))
+
+
+def _durable_steps(durable: Durable | None, *, needed: bool) -> list[int]:
+    """The durable steps; none, with a warning, where the place cannot be read and something else can be."""
+    if durable is None:
+        return []
     try:
-        arrays = handler.restore(epath.Path(path.absolute() / "state"), args=arguments) if stored else {}
-    except (MemoryError, jax.errors.JaxRuntimeError):
-        raise  # the machine's trouble, not the checkpoint's
-    except Exception as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {reason_of(error)}") from error
-    finally:
-        handler.close()
-    for name, leaf in plain.items():
-        if not leaf.size:
-            empty = np.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
-            arrays[name] = jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda _, empty=empty: empty)
-    return arrays
+        return durable.steps()
+    except OSError as error:
+        message = f"cannot read the durable checkpoints in {durable.url}: {error.strerror or error}"
+        if needed:
+            raise CheckpointError(
+                f"{message}; there is no local checkpoint either, so the run would start again from nothing. Make the place "
+                "readable; for a run that never saved, correct or drop checkpoint.durable_path"
+            ) from error
+        LOGGER.warning("%s; using the local ones alone", message)
+        return []
 
 
-def _plain(leaf: Any) -> jax.ShapeDtypeStruct:
-    """The target of one leaf as it is stored: PRNG keys as their uint32 data, the sharding always given."""
-    sharding = leaf.sharding
-    if sharding is None:
-        if jax.process_count() > 1:
-            raise ValueError("a target without sharding cannot be restored in a run of several processes")
-        sharding = SingleDeviceSharding(jax.devices()[0])
-    if not is_key(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    bits = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    return jax.ShapeDtypeStruct(bits.shape, bits.dtype, sharding=_with_trailing_dim(sharding, len(leaf.shape)))
-
-
-def _with_trailing_dim(sharding: Sharding, ndim: int) -> Sharding:
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    spec = (*sharding.spec, *(None,) * (ndim - len(sharding.spec)), None)
-    return NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)
-
-
-def _newest(directory: Path) -> int:
-    steps = committed_steps(directory)
-    step = _from_first_process(steps[-1] if steps else -1)
-    if step < 0:
-        raise CheckpointError(f"there is no committed checkpoint in {directory}; has the run saved one yet?")
-    return step
-
-
-def _from_first_process(value: int) -> int:
+def _from_first_process(values: tuple[int, int]) -> tuple[int, int]:
     """Let every process act on what the first one sees, however the shared disk lags."""
     if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+        return values
+    first, second = multihost_utils.broadcast_one_to_all(np.array(values, np.int32))
+    return int(first), int(second)
 
 
 def _everywhere(fine: bool) -> bool:
@@ -210,3 +246,11 @@ def _everywhere(fine: bool) -> bool:
     if jax.process_count() == 1:
         return fine
     return bool(np.all(multihost_utils.process_allgather(np.bool_(fine))))
+
+
+def _summed(parts: list[int]) -> list[int]:
+    """The parts' digests of all processes, added up."""
+    if jax.process_count() == 1 or not parts:
+        return parts
+    gathered = multihost_utils.process_allgather(np.array([part & 0xFFFFFFFF for part in parts], np.uint32))
+    return [int(total) for total in np.sum(np.asarray(gathered), axis=0, dtype=np.uint32)]

@@ -1,20 +1,28 @@
 """Write checkpoints while training goes on."""
 
+import concurrent.futures
 import contextlib
+import json
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import jax
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from mlt.checkpoint.copier import Copier, CopyState, DurableOptions
 from mlt.checkpoint.digest import digests, in_host_memory
+from mlt.checkpoint.durable import remember
+from mlt.checkpoint.keep import Keep
 from mlt.checkpoint.layout import (
     LOGGER,
     CheckpointError,
+    StepFiles,
+    clear_leftovers,
     committed_steps,
+    delete_step,
     encode,
     read_leaves,
     set_aside,
@@ -23,33 +31,52 @@ from mlt.checkpoint.layout import (
 )
 from mlt.checkpoint.leaves import Leaf, flatten, is_key, table
 from mlt.checkpoint.restore import Restored, restore, restore_latest
-from mlt.checkpoint.storage import reason_of, silence_orbax
+from mlt.checkpoint.storage import reason_of
+from mlt.checkpoint.writer import StepWriter, own
 
 
 class Checkpointer:
     """The writer of one checkpoint directory; the caller sees to it that there is one (the run lock).
 
-    `save` returns as soon as the state is copied to host memory and writes on in the background. A failure of the
-    background write is raised by the next call. Use it as a context manager, or `close` it: a process that ends
-    without leaves its last step unfinished.
+    `save` returns as soon as the state is copied to host memory. Digests, files, the deletion of old steps and the copy
+    to the durable place are the business of background threads. A failure of the background write is raised by the next
+    call; one of the durable place is a warning and a count in `durable_state`. Use it as a context manager, or `close`
+    it: a process that is killed before leaves its last step unfinished.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 3, keep_every_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep: int = 3,
+        keep_every_steps: int | None = None,
+        durable: DurableOptions | None = None,
+    ) -> None:
         """Remember where; nothing is created before the first save.
 
         Args:
-          directory: where the step directories go, e.g. <run>/checkpoints.
+          directory: where the step directories go, e.g. <run>/checkpoints; shared by all processes of the run.
           keep: how many of the newest steps stay; older ones are deleted after a newer one is committed.
           keep_every_steps: steps divisible by this stay for good.
+          durable: the second level; None has none.
         """
-        if keep < 1:
-            raise ValueError(f"keep={keep} would delete every checkpoint; it must be at least 1")
         self.directory = Path(directory).absolute()
-        self._keep, self._keep_every_steps = keep, keep_every_steps
-        self._manager: ocp.CheckpointManager | None = None
+        self._keep = Keep(keep, keep_every_steps)
+        self._durable_options = durable
+        self._copier = None if durable is None else Copier(durable)
+        self._writer: StepWriter | None = None
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="mlt-checkpoint")
+        self._job: concurrent.futures.Future[None] | None = None
         self._writing: int | None = None
+        self.last_blocked_seconds = 0.0
+        """How long the last `save` kept its caller, the wait for the save before it included."""
 
-    def save(self, step: int, state: Any, *, data: Mapping[str, Any], meta: Mapping[str, Any]) -> bool:
+    @property
+    def durable_state(self) -> CopyState | None:
+        """How the copies to the durable place fare; None where there is no such place."""
+        return None if self._copier is None else self._copier.state
+
+    def save(self, step: int, state: Any, *, data: Mapping[str, Any], meta: Mapping[str, Any], durable: bool = False) -> bool:
         """Start to write a step; all processes of a run call it together.
 
         The state may be donated to the next train step at once. First waits for the previous save.
@@ -59,56 +86,86 @@ class Checkpointer:
           state: tree of jax arrays of any type and sharding, typed PRNG keys included.
           data: position in the data, JSON.
           meta: what else to record, JSON; `read_meta` reads it without the arrays.
+          durable: copy this step to the durable place whatever its number.
 
         Returns:
           False where the very same state is already saved under this step, so nothing needs to be written.
 
         Raises:
-          CheckpointError: the previous or this write failed, or the step is saved with another state.
+          CheckpointError: the previous write failed or this one cannot start, or the step is saved with another state.
           TypeError: a leaf is not a jax array, or `data` or `meta` is not JSON.
         """
+        started = time.perf_counter()
+        try:
+            return self._start(step, state, data, meta, durable)
+        finally:
+            self.last_blocked_seconds = time.perf_counter() - started
+
+    def _start(self, step: int, state: Any, data: Mapping[str, Any], meta: Mapping[str, Any], durable: bool) -> bool:
         self.wait()
         flat = flatten(state)
-        arrays = {path: _own(jax.random.key_data(x) if is_key(x) else x) for path, x in flat.items()}
-        leaves = table(flat, digests(arrays))
-        meta_item, data_item = encode(meta, data, leaves)
-        if self._already_saved(step, leaves):
-            return False
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave({path: x for path, x in arrays.items() if x.size}),
-            data=ocp.args.JsonSave(data_item),
-            meta=ocp.args.JsonSave(meta_item),
-        )
+        rows, words = table(flat), (_copied(meta), _copied(data))
+        arrays = {path: own(jax.random.key_data(x) if is_key(x) else x) for path, x in flat.items()}
+        # Several processes hash and begin to write together, in the order of the program; one does it beside the steps.
+        alone = jax.process_count() == 1 and all(map(in_host_memory, arrays.values()))
+        if step in self.steps():
+            rows = _with_digests(rows, arrays)
+            return self._check_same(step, rows)
         self._writing = step
         with self._failures():
-            self._open().save(step, args=items, force=True)
+            writer = self._open()
+            path = step_path(self.directory, step)
+
+            def write() -> None:
+                meta_item, data_item = encode(*words, _with_digests(rows, arrays))
+                writer.start(path, arrays, data_item, meta_item)
+
+            def finish() -> None:
+                if alone:
+                    write()
+                writer.finish()
+                arrays.clear()
+                self._committed(step, durable)
+
+            if not alone:
+                write()
+            self._job = self._pool.submit(finish)
         return True
 
     def wait(self) -> None:
-        """Block until the running save is committed.
+        """Block until the running save is committed here; its durable copy may still be under way.
 
         Raises:
           CheckpointError: it failed; training may go on and save again.
         """
-        if self._manager is not None:
+        job, self._job = self._job, None
+        if job is not None:
             with self._failures():
-                self._manager.wait_until_finished()
-            self._writing = None
+                job.result()
+        self._writing = None
 
     def close(self) -> None:
-        """Wait for the running save and release the threads. The checkpointer can be used again afterwards.
+        """Wait for the running save and, for a bounded time, its durable copy; release the threads.
+
+        The checkpointer can be used again afterwards.
 
         Raises:
           CheckpointError: the running save failed.
         """
-        if self._manager is not None:
+        try:
             self.wait()
-            with self._failures():
-                self._manager.close()
-            self._manager = None
+            if self._writer is not None:
+                with self._failures():
+                    self._writer.close()
+                self._writer = None
+                if jax.process_index() == 0:
+                    clear_leftovers(self.directory)  # of saves that failed for want of room
+        finally:
+            if self._copier is not None:
+                self._copier.drain()
 
     def steps(self) -> list[int]:
-        """List the committed steps in ascending order."""
+        """List the committed steps of the directory in ascending order."""
         return committed_steps(self.directory)
 
     def latest_step(self) -> int | None:
@@ -118,29 +175,39 @@ class Checkpointer:
                 LOGGER.warning("ignoring unfinished checkpoint %s: its writer died", path)
         return max(self.steps(), default=None)
 
-    def restore(self, target: Any, *, step: int | None = None, subtree: str | None = None) -> Restored:
+    def restore(
+        self, target: Any, *, step: int | None = None, subtree: str | None = None, dtypes: Mapping[str, str] | None = None
+    ) -> Restored:
         """Restore one step exactly; see `mlt.checkpoint.restore.restore`."""
         self.wait()
-        return restore(self.directory, target, step=step, subtree=subtree)
+        return restore(self.directory, target, step=step, subtree=subtree, dtypes=dtypes)
 
-    def restore_latest(self, target: Any) -> Restored | None:
-        """Restore the newest readable step; damaged ones are set aside as <step>.damaged, never deleted.
+    def restore_latest(self, target: Any, *, dtypes: Mapping[str, str] | None = None) -> Restored | None:
+        """Restore the newest readable step of either level; damaged ones are set aside, never deleted.
 
-        See `mlt.checkpoint.restore.restore_latest`.
+        A local step that the durable place lacks is then copied there. See `mlt.checkpoint.restore.restore_latest`.
         """
         self.close()
-        return restore_latest(self.directory, target, on_damage=lambda step: self._set_aside([step]))
+        place = None if self._copier is None else self._copier.durable
+        found = restore_latest(self.directory, target, durable=place, dtypes=dtypes, on_damage=self._set_aside)
+        if found is not None and found.source == str(step_path(self.directory, found.step)):
+            self._copy_if_newer(found.step)
+        return found
 
     def discard_after(self, step: int) -> list[int]:
-        """Delete the steps later than `step`, after a run went back to it and takes another course from there.
+        """Delete the steps later than `step` at both levels, after a run went back to it and takes another course.
 
         Returns:
-          The deleted steps.
+          The deleted local steps.
         """
         self.wait()
         later = [other for other in self.steps() if other > step]
-        for other in later:
-            self._open().delete(other)
+        if jax.process_index() == 0:
+            for other in later:
+                delete_step(step_path(self.directory, other))
+            if self._copier is not None:
+                self._copier.discard_after(step)
+        _meet("discard_after")
         return later
 
     def __enter__(self) -> Self:
@@ -153,37 +220,74 @@ class Checkpointer:
             with contextlib.suppress(CheckpointError):
                 self.close()
 
-    def _already_saved(self, step: int, leaves: dict[str, Leaf]) -> bool:
-        if step in self.steps():
-            if read_leaves(self.directory, step) == leaves:
-                return True
-            raise CheckpointError(
-                f"{step_path(self.directory, step)} already holds another state of step {step}; call discard_after "
-                "when a run goes back to an earlier step, or save into another directory"
-            )
-        return False
+    def _check_same(self, step: int, rows: dict[str, Leaf]) -> bool:
+        if read_leaves(self.directory, step) == rows:
+            return False
+        raise CheckpointError(
+            f"{step_path(self.directory, step)} already holds another state of step {step}; call discard_after "
+            "when a run goes back to an earlier step, or save into another directory"
+        )
 
-    def _set_aside(self, steps: list[int]) -> None:
-        """Make room for steps that are to be saved again."""
+    def _committed(self, step: int, durable: bool) -> None:
+        """What follows a commit, in the background, on the first process."""
+        if jax.process_index() != 0:
+            return
+        options, pinned = self._durable_options, set[int]()
+        if options is not None and self._copier is not None:
+            if durable or step % options.every_steps == 0:
+                self._copy(step)
+            pinned = self._copier.pinned()
+        try:
+            for old in self._keep.superfluous(self.steps(), pinned):
+                delete_step(step_path(self.directory, old))
+        except OSError as error:
+            LOGGER.warning("cannot delete an old checkpoint in %s: %s; delete it by hand", self.directory, error)
+
+    def _copy(self, step: int) -> None:
+        assert self._copier is not None
+        try:
+            remember(self.directory, self._copier.durable)
+        except OSError as error:
+            LOGGER.warning("cannot note the durable place in %s: %s; training goes on", self.directory, error.strerror)
+        self._copier.submit(step, step_path(self.directory, step))
+
+    def _copy_if_newer(self, step: int) -> None:
+        """Make up for a copy that the last process of the run did not get to."""
+        if self._copier is None or jax.process_index() != 0:
+            return
+        try:
+            missing = step > max(self._copier.durable.steps(), default=-1)
+        except OSError:
+            return  # the restore has said so
+        if missing:
+            self._copy(step)
+
+    def _set_aside(self, files: StepFiles) -> None:
+        """Make room for a step that is to be saved again."""
         if jax.process_index() == 0:
-            for step in steps:
-                moved = set_aside(step_path(self.directory, step))
-                LOGGER.warning("checkpoint step %d was set aside as %s; delete it when it is of no use", step, moved)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("mlt_checkpoint_set_aside")
+            local = step_path(self.directory, files.step)
+            if files.name == str(local):
+                moved = set_aside(local)
+                LOGGER.warning("checkpoint step %d was set aside as %s; delete it when it is of no use", files.step, moved)
+            elif self._copier is not None:
+                try:
+                    self._copier.durable.set_aside(files.step)
+                    LOGGER.warning("the durable copy %s was set aside; the next copy of its step replaces it", files.name)
+                except OSError as error:
+                    LOGGER.warning("cannot set aside the damaged %s: %s; delete it by hand", files.name, error.strerror)
+        _meet("set_aside")
 
-    def _open(self) -> ocp.CheckpointManager:
-        if self._manager is None:
-            silence_orbax()
-            self._set_aside([int(path.name) for path in unfinished(self.directory) if path.name.isdigit()])
-            policies = ocp.checkpoint_managers.preservation_policy
-            every = [policies.EveryNSteps(self._keep_every_steps)] if self._keep_every_steps else []
-            kept = [policies.LatestN(self._keep), *every]
-            options = ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=True
-            )
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
-        return self._manager
+    def _open(self) -> StepWriter:
+        if self._writer is None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for path in unfinished(self.directory):
+                if path.name.isdigit():
+                    self._set_aside(StepFiles(int(path.name), str(path), lambda _: b"", lambda _: {}))
+            if jax.process_index() == 0:
+                clear_leftovers(self.directory)
+            _meet("open")
+            self._writer = StepWriter()
+        return self._writer
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
@@ -194,20 +298,29 @@ class Checkpointer:
             raise
         except Exception as error:
             where = self.directory if self._writing is None else step_path(self.directory, self._writing)
-            manager, self._manager, self._writing = self._manager, None, None
-            if manager is not None:
+            writer, self._writer, self._writing = self._writer, None, None
+            if writer is not None:
                 with contextlib.suppress(Exception):
-                    manager.close()
+                    writer.close()
+            if jax.process_count() == 1:
+                with contextlib.suppress(Exception):
+                    clear_leftovers(self.directory)  # a full disk needs the room
             raise CheckpointError(
                 f"could not write checkpoint {where}: {reason_of(error)}. Committed steps are "
                 "untouched; free space on the disk or make it writable, and the next save starts afresh"
             ) from error
 
 
-def _own(array: jax.Array) -> jax.Array:
-    """Copy what already is in host memory: it would be written from the very buffer the next step is given."""
-    if not in_host_memory(array):
-        return array
-    # Shard by shard: copying the whole of an array that several processes hold would be a compiled program of its own.
-    shards = [jax.device_put(shard.data, shard.data.sharding, may_alias=False) for shard in array.addressable_shards]
-    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
+def _with_digests(rows: Mapping[str, Leaf], arrays: Mapping[str, jax.Array]) -> dict[str, Leaf]:
+    found = digests(arrays)
+    return {path: row._replace(digest=found[path]) for path, row in rows.items()}
+
+
+def _copied(words: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy, so that the caller may go on changing its own; TypeError where it is not JSON."""
+    return json.loads(json.dumps(words))
+
+
+def _meet(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"mlt_checkpoint_{name}")

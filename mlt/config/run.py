@@ -13,6 +13,7 @@ from mlt.optim.base import OptimizerConfig
 from mlt.optim.schedule import Schedule, WarmupCosine
 from mlt.parallel.mesh import Layout
 from mlt.report.sinks import LogConfig
+from mlt.train.guard import GuardConfig
 
 
 class TrainConfig(Config):
@@ -27,7 +28,10 @@ class TrainConfig(Config):
         seed: of initialization and samples.
         start_timeout_seconds: how long the processes of a run wait for each other to start.
         peer_timeout_seconds: silence after which a process counts as lost; the others then end.
-        hang_timeout_seconds: how long a step, an evaluation or a save may take before the run ends; None never ends it.
+        hang_timeout_seconds: how long a step, an evaluation, a save, a compilation or a wait for data may take before the
+            run ends; None never ends it.
+        check_every_steps: at every so many steps, do the step twice and compare the results bit for bit; None never does.
+        guard: what is done about a loss or gradient that is not finite, or a spike.
     """
 
     steps: int
@@ -39,6 +43,8 @@ class TrainConfig(Config):
     start_timeout_seconds: float = 300.0
     peer_timeout_seconds: float = 300.0
     hang_timeout_seconds: float | None = 1800.0
+    check_every_steps: int | None = None
+    guard: GuardConfig = GuardConfig()
 
     def problems(self) -> Iterator[Problem]:
         for name in ("steps", "grad_accumulation"):
@@ -50,27 +56,51 @@ class TrainConfig(Config):
             yield Problem("z_loss", self.z_loss, "must not be negative")
         if not 0 <= self.seed < 2**32:
             yield Problem("seed", self.seed, "must lie in [0, 2^32)")
-        for name in ("start_timeout_seconds", "peer_timeout_seconds", "hang_timeout_seconds"):
+        for name in ("start_timeout_seconds", "peer_timeout_seconds", "hang_timeout_seconds", "check_every_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield Problem(name, value, "must be at least 1")
 
 
 class CheckpointConfig(Config):
-    """When to save and what to keep.
+    """When to save, where to, and what to keep (docs/checkpoints.md).
 
     Attributes:
         every_steps: interval; the last step is always saved.
-        keep: newest checkpoints kept.
+        keep: newest checkpoints kept in the run directory.
+        keep_every_steps: checkpoints of steps divisible by this stay there for good; None has no such steps.
+        durable_path: a directory or an object store (gs://bucket/path, s3://bucket/path) that outlives the machine; copies
+            go to a folder there with the name of the run directory. None makes no copies.
+        durable_every_steps: checkpoints of steps divisible by this are copied, and the last one of every process; None
+            copies all.
+        durable_keep: newest copies kept.
+        durable_keep_every_steps: copies of steps divisible by this stay for good; None has no such steps.
+        durable_wait_seconds: how long the end of a process waits for a copy that is under way.
     """
 
     every_steps: int = 500
     keep: int = 3
+    keep_every_steps: int | None = None
+    durable_path: str | None = None
+    durable_every_steps: int | None = None
+    durable_keep: int = 3
+    durable_keep_every_steps: int | None = None
+    durable_wait_seconds: float = 120.0
 
     def problems(self) -> Iterator[Problem]:
-        for name in ("every_steps", "keep"):
-            if getattr(self, name) < 1:
-                yield Problem(name, getattr(self, name), "must be at least 1")
+        intervals = ("keep_every_steps", "durable_every_steps", "durable_keep_every_steps")
+        for name in ("every_steps", "keep", "durable_keep", *intervals):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield Problem(name, value, "must be at least 1")
+        for name in intervals:
+            value = getattr(self, name)
+            if value is not None and value > 0 < self.every_steps and value % self.every_steps:
+                yield Problem(name, value, f"must be a multiple of every_steps = {self.every_steps}, or no save falls on it")
+        if self.durable_wait_seconds < 0:
+            yield Problem("durable_wait_seconds", self.durable_wait_seconds, "must not be negative")
+        if self.durable_path == "":
+            yield Problem("durable_path", self.durable_path, "names no place", "use None to make no copies")
 
 
 class EvalConfig(Config):
