@@ -1,6 +1,6 @@
 """The data section of a run."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
@@ -10,6 +10,7 @@ from mlt.data.mixture import Mixture, Weighted
 from mlt.data.sources import Source
 from mlt.data.stdlib_source import PythonStdlib
 from mlt.data.synthetic import SyntheticText
+from mlt.data.token_cache import TokenCache
 from mlt.data.tokenize import ByteTokenizer, Tokenizer
 
 
@@ -27,7 +28,13 @@ class DataConfig(Config):
         shuffle_documents: draw a new order of the documents each epoch; False keeps the source's order.
         shuffle_block_rows: rows are permuted within blocks of this many; 1 keeps them in the order of the
             documents.
+        packing: "concatenate" cuts documents where rows end and leaves no padding; "best_fit" cuts only documents longer
+            than a row and pads.
+        packing_window: documents that best_fit packs together.
         prefetch_batches: batches prepared ahead by background threads; 0 prepares each when it is asked for.
+        max_bad_records: records that may be left out, over all sources, because they cannot be read as text; one more
+            ends the run.
+        cache: where tokenised documents are kept for the next start; None keeps none.
     """
 
     source: Source | Mixture = PythonStdlib()
@@ -38,16 +45,25 @@ class DataConfig(Config):
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     shuffle_documents: bool = True
     shuffle_block_rows: Annotated[int, Field(ge=1)] = 1024
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    packing_window: Annotated[int, Field(ge=1)] = 65_536
     prefetch_batches: Annotated[int, Field(ge=0)] = 4
+    max_bad_records: Annotated[int, Field(ge=0)] = 0
+    cache: TokenCache | None = None
 
     @property
     def parts(self) -> tuple[Weighted, ...]:
         """The sources with their weights; a single source has the weight 1."""
-        return self.source.parts if isinstance(self.source, Mixture) else (Weighted(source=self.source),)
+        return self.mixture.parts
+
+    @property
+    def mixture(self) -> Mixture:
+        """The mixture; a single source is one of one part."""
+        return self.source if isinstance(self.source, Mixture) else Mixture(parts=(Weighted(source=self.source),))
 
     @property
     def tokens_per_batch(self) -> int:
-        """Targets in one global training batch; there is no padding in it."""
+        """Positions in one global training batch: all targets where packing is "concatenate"."""
         return self.batch_size * self.sequence_length
 
     def check_files(self, path: str = "data") -> None:

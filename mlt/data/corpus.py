@@ -1,20 +1,23 @@
 """Reading, tokenising and splitting the documents of a run, once, before training."""
 
 import hashlib
-import os
-import tempfile
-import zipfile
-from dataclasses import dataclass
-from pathlib import Path
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from mlt.data.config import DataConfig
-from mlt.data.sources import Documents, Source
+from mlt.data.prefetch import run_stoppable
+from mlt.data.sources import BadRecord, Documents, Source
+from mlt.data.token_cache import TokenCache
 from mlt.data.tokenize import Tokenizer
 from mlt.errors import UserError
 
+LOGGER = logging.getLogger("mlt.data")
+
 _BATCH_DOCUMENTS = 64  # documents handed to the tokenizer at once
+_SHOWN = 20  # bad records that are logged one by one
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class TokenizedSource:
             1,).
         held_out_D: which documents are for validation, bool (documents,).
         bytes_read: bytes of UTF-8 text in them.
+        hash: changes with any of them, their order, the tokenizer or the split.
+        names: file and position of each document.
     """
 
     origin: str
@@ -35,6 +40,8 @@ class TokenizedSource:
     offsets_D: np.ndarray
     held_out_D: np.ndarray
     bytes_read: int
+    hash: str
+    names: Sequence[str]
 
     def split(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Start and number of targets of each document of the split "train" or "validation", int64."""
@@ -50,11 +57,13 @@ class Corpus:
         sources: one per source of the mixture, in its order.
         tokenizer: what made the ids.
         hash: changes with any document, their order, the tokenizer or the split.
+        bad_records: how many records were left out because they are not text.
     """
 
     sources: tuple[TokenizedSource, ...]
     tokenizer: Tokenizer
     hash: str
+    bad_records: int = 0
 
     @property
     def bytes_read(self) -> int:
@@ -62,13 +71,15 @@ class Corpus:
         return sum(source.bytes_read for source in self.sources)
 
     def describe(self) -> str:
-        """What was read and from where: one line a source, and one for the whole."""
+        """What was read and from where: one line a source, one for what was left out, and one for the whole."""
         lines = [
             f"read {source.bytes_read:,} bytes of {len(source.held_out_D):,} documents from {source.origin} "
             f"({len(source.tokens):,} tokens; {int(source.held_out_D.sum()):,} documents held out for "
             "validation)"
             for source in self.sources
         ]
+        if self.bad_records:
+            lines.append(f"left out {self.bad_records:,} bad records")
         return "\n".join([*lines, f"corpus hash {self.hash}"])
 
     def summary(self, sequence_length: int) -> dict[str, int | float]:
@@ -90,17 +101,25 @@ class Corpus:
         }
 
 
-def load_corpus(config: DataConfig, *, cache_dir: str | Path | None = None) -> Corpus:
-    """Reads and tokenises every document. The ids stay in memory, 2 or 4 bytes each.
+def load_corpus(config: DataConfig, *, stop: Callable[[], object] | None = None) -> Corpus:
+    """Reads and tokenises every document. The ids stay in memory, 2 or 4 bytes each, or are mapped from `config.cache`.
 
-    `cache_dir` keeps the ids of each source on disk, by the hash of its content and of the tokenizer, so that
-    the next start only reads the text. Raises UserError if a document cannot be read, a source is empty or
-    one side of the split is.
+    Reading goes on in a thread, so that a source that is stuck keeps no signal from being heard.
+
+    Raises:
+        UserError: a file cannot be read, there are more bad records than config.max_bad_records, a source is empty or one
+            side of the split is.
+        WaitStopped: `stop()` became true.
     """
+    return run_stoppable(lambda: _load(config), stop)
+
+
+def _load(config: DataConfig) -> Corpus:
+    bad = _BadRecords(config.max_bad_records)
     sources = []
     digest = hashlib.blake2b(f"{config.tokenizer.digest}/{config.validation_fraction}".encode(), digest_size=8)
     for part in config.parts:
-        source, content = _load_source(part.source, config, None if cache_dir is None else Path(cache_dir))
+        source, content = _load_source(part.source, config, bad)
         sources.append(source)
         digest.update(content)
     held_out = sum(int(source.held_out_D.sum()) for source in sources)
@@ -111,15 +130,58 @@ def load_corpus(config: DataConfig, *, cache_dir: str | Path | None = None) -> C
             "none. Raise validation_fraction, give more documents, or set it to 0 to train without "
             "validation."
         )
-    return Corpus(sources=tuple(sources), tokenizer=config.tokenizer, hash=digest.hexdigest())
+    return Corpus(sources=tuple(sources), tokenizer=config.tokenizer, hash=digest.hexdigest(), bad_records=bad.count)
 
 
-def _load_source(source: Source, config: DataConfig, cache_dir: Path | None) -> tuple[TokenizedSource, bytes]:
+@dataclass
+class _BadRecords:
+    """Counts the records that cannot be read as text, and gives up above a limit."""
+
+    limit: int
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, error: BadRecord) -> None:
+        self.count += 1
+        if self.count > self.limit:
+            if self.limit == 0:
+                raise error
+            raise UserError(
+                f"more than data.max_bad_records={self.limit} records cannot be read as text; the first:\n"
+                + "\n".join(f"  {message}" for message in self.first)
+                + "\nRepair or remove them, or raise data.max_bad_records to train without them."
+            ) from error
+        if self.count <= _SHOWN:
+            self.first.append(str(error))
+            LOGGER.warning("left out bad record %d of at most %d: %s", self.count, self.limit, error)
+        elif self.count == _SHOWN + 1:
+            LOGGER.warning("further bad records are counted, not shown")
+
+
+class _Kept(Sequence[str]):
+    """The names of the documents that were kept."""
+
+    def __init__(self, names: Sequence[str], kept_D: np.ndarray):
+        self._names = names
+        self._kept_D = kept_D
+
+    def __len__(self) -> int:
+        return len(self._kept_D)
+
+    def __getitem__(self, document: int) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._names[int(self._kept_D[document])]
+
+
+def _load_source(source: Source, config: DataConfig, bad: _BadRecords) -> tuple[TokenizedSource, bytes]:
     """The tokenised source and the hash of its content."""
     documents = source.documents()
     kept, hashes, bytes_read = [], [], 0
-    for index, text in enumerate(documents):
-        data = text.encode("utf-8")
+    for index in range(len(documents)):
+        try:
+            data = documents[index].encode("utf-8")
+        except BadRecord as error:
+            bad.add(error)
+            continue
         if data:
             kept.append(index)
             hashes.append(hashlib.blake2b(data, digest_size=16).digest())
@@ -138,8 +200,10 @@ def _load_source(source: Source, config: DataConfig, cache_dir: Path | None) -> 
             "Give more documents or lower validation_fraction."
         )
     content = hashlib.blake2b(b"".join(hashes), digest_size=16).digest()
-    tokens, offsets_D = _tokenize_cached(documents, kept, config.tokenizer, content, cache_dir)
-    return TokenizedSource(documents.origin, tokens, offsets_D, held_out_D, bytes_read), content
+    identity = hashlib.blake2b(f"{config.tokenizer.digest}/{config.validation_fraction}".encode() + content, digest_size=8)
+    tokens, offsets_D = _tokenize_cached(documents, kept, config.tokenizer, content, config.cache)
+    names = _Kept(documents.names, np.array(kept))
+    return TokenizedSource(documents.origin, tokens, offsets_D, held_out_D, bytes_read, identity.hexdigest(), names), content
 
 
 def _tokenize(documents: Documents, kept: list[int], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
@@ -156,37 +220,9 @@ def _tokenize(documents: Documents, kept: list[int], tokenizer: Tokenizer) -> tu
 
 
 def _tokenize_cached(
-    documents: Documents, kept: list[int], tokenizer: Tokenizer, content: bytes, cache_dir: Path | None
+    documents: Documents, kept: list[int], tokenizer: Tokenizer, content: bytes, cache: TokenCache | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    if cache_dir is None:
+    if cache is None:
         return _tokenize(documents, kept, tokenizer)
     key = hashlib.blake2b(content + tokenizer.digest.encode(), digest_size=16).hexdigest()
-    path = cache_dir / f"tokens-{key}.npz"
-    if path.exists():
-        try:
-            with open(path, "rb") as file, np.load(file) as saved:
-                return saved["tokens"], saved["offsets"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: this token cache is damaged ({error}). Delete the file to rebuild it.") from error
-    tokens, offsets_D = _tokenize(documents, kept, tokenizer)
-    _write_atomically(path, tokens, offsets_D)
-    return tokens, offsets_D
-
-
-def _write_atomically(path: Path, tokens: np.ndarray, offsets_D: np.ndarray) -> None:
-    """A reader sees the whole file or none, also when several processes write it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            try:
-                np.savez(file, tokens=tokens, offsets=offsets_D)
-                file.flush()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        raise UserError(
-            f"{path}: the token cache cannot be written: {error.strerror}. Free some space, give another "
-            "folder, or leave the cache out."
-        ) from error
+    return cache.tokens(key, lambda: _tokenize(documents, kept, tokenizer))

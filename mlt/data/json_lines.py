@@ -1,14 +1,15 @@
-"""JSON Lines files as documents: one line, one object, one document."""
+"""JSON Lines files as documents: one line, one object, one document; .gz and .zst are decompressed."""
 
 import json
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Self
 
 from pydantic import Field
 
 from mlt.config.problems import Problem
-from mlt.data.sources import Documents, Source, decode_utf8, find_files, require_files
+from mlt.data.compressed import SUFFIXES, read_lines
+from mlt.data.sources import BadRecord, Documents, Source, decode_utf8, find_files, require_files
 from mlt.errors import UserError
 
 
@@ -27,15 +28,14 @@ class JsonLines(Source):
     def documents(self) -> Documents:
         """The lines of all files in order. Raises UserError if a file is missing.
 
-        Reading a document raises UserError with file and line number if the line is not what it should be.
+        Reading a document raises BadRecord with file and line number if the line is not what it should be.
         """
-        index = _LineIndex(require_files(self.paths, "JsonLines"))
+        index, forward = _LineIndex(require_files(self.paths, "JsonLines")), _Forward()
 
         def read(document: int) -> str:
             path, line, offset = index.place(document)
-            with open(path, "rb") as file:
-                file.seek(offset)
-                return text_of_line(file.readline(), self.field, path=path, line=line, offset=offset)
+            data = forward.line(path, line) if path.endswith(SUFFIXES) else _line_at(path, offset)
+            return text_of_line(data, self.field, path=path, line=line, offset=offset)
 
         return Documents(origin=f"JSON lines {', '.join(self.paths)}", names=index, read=read)
 
@@ -50,39 +50,48 @@ class JsonLines(Source):
 def text_of_line(data: bytes, field: str, *, path: str, line: int, offset: int) -> str:
     """The string `field` of the JSON object in `data`, a line of `path` that starts at byte `offset`.
 
-    Raises UserError that says what is wrong with the line, and where.
+    Raises BadRecord that says what is wrong with the line, and where.
     """
-    place = f"{path}, line {line}"
-    text = decode_utf8(data, place, first_byte=offset)
+    cut = "" if data.endswith(b"\n") else " The file ends here without a line end: it looks truncated."
+    advice = f"{cut} Each line must be one whole JSON object: repair or remove the line."
+    return text_of_object(data, field, f"{path}, line {line}", first_byte=offset, advice=advice)
+
+
+def text_of_object(
+    data: bytes, field: str, place: str, *, first_byte: int = 0, advice: str = " Repair or remove the record."
+) -> str:
+    """The string `field` of the JSON object in `data`, which starts at byte `first_byte` of what `place` names.
+
+    Raises BadRecord that says what is wrong; `advice` ends it where the JSON is not valid.
+    """
+    text = decode_utf8(data, place, first_byte=first_byte)
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        cut = "" if data.endswith(b"\n") else " The file ends here without a line end: it looks truncated."
-        raise UserError(
-            f"{place}: not valid JSON: {error.msg} (column {error.colno} of {len(text.rstrip())}).{cut} "
-            "Each line must be one whole JSON object: repair or remove the line."
-        ) from error
+        where = f"column {error.colno} of {len(text.rstrip())}"
+        raise BadRecord(f"{place}: not valid JSON: {error.msg} ({where}).{advice}") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise BadRecord(f"{place}: not valid JSON: {error}.{advice}") from error
     except RecursionError as error:
-        raise UserError(f"{place}: the JSON is nested too deeply. Repair or remove the line.") from error
+        raise BadRecord(f"{place}: the JSON is nested too deeply. Repair or remove it.") from error
     if not isinstance(value, dict):
-        raise UserError(
-            f"{place}: holds a JSON {type(value).__name__}, not an object. "
-            f'Each line must be an object such as {{"{field}": "..."}}.'
+        raise BadRecord(
+            f'{place}: holds a JSON {type(value).__name__}, not an object. It must be an object such as {{"{field}": "..."}}.'
         )
     if field not in value:
         present = ", ".join(repr(name) for name in value) or "none"
-        raise UserError(
+        raise BadRecord(
             f"{place}: no field {field!r} (fields present: {present}). Set field= of the source to the one with the text."
         )
     content = value[field]
     if not isinstance(content, str):
-        raise UserError(f"{place}: field {field!r} holds {json.dumps(content)[:40]}, not a string. Repair the line.")
+        raise BadRecord(f"{place}: field {field!r} holds {json.dumps(content)[:40]}, not a string. Repair it.")
     try:
         content.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(
+        raise BadRecord(
             f"{place}: field {field!r} holds half a surrogate pair at character {error.start}, which is not "
-            "text. Repair or remove the line."
+            "text. Repair or remove it."
         ) from error
     return content
 
@@ -95,16 +104,12 @@ class _LineIndex(Sequence[str]):
         self._file, self._line, self._offset = array("l"), array("q"), array("q")
         for number, path in enumerate(files):
             offset = 0
-            try:
-                with open(path, "rb") as file:
-                    for line, data in enumerate(file, start=1):
-                        if data.strip():
-                            self._file.append(number)
-                            self._line.append(line)
-                            self._offset.append(offset)
-                        offset += len(data)
-            except OSError as error:
-                raise UserError(f"{path}: cannot be read: {error.strerror}. Check its permissions.") from error
+            for line, data in enumerate(read_lines(path), start=1):
+                if data.strip():
+                    self._file.append(number)
+                    self._line.append(line)
+                    self._offset.append(offset)
+                offset += len(data)
 
     def __len__(self) -> int:
         return len(self._line)
@@ -116,3 +121,30 @@ class _LineIndex(Sequence[str]):
     def place(self, document: int) -> tuple[str, int, int]:
         """File, line number from 1, and byte offset of the line."""
         return self._files[self._file[document]], self._line[document], self._offset[document]
+
+
+def _line_at(path: str, offset: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.readline()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}. Check its permissions.") from error
+
+
+class _Forward:
+    """Lines of compressed files. It keeps its place, so that reading in order decompresses each file once."""
+
+    def __init__(self) -> None:
+        self._path, self._read = "", 0
+        self._lines: Iterator[bytes] = iter(())
+
+    def line(self, path: str, number: int) -> bytes:
+        """Line `number`, from 1."""
+        if path != self._path or number <= self._read:
+            self._path, self._read, self._lines = path, 0, read_lines(path)
+        for data in self._lines:
+            self._read += 1
+            if self._read == number:
+                return data
+        raise UserError(f"{path}: has only {self._read} lines now; it changed while it was read. Leave it as it is, start again.")

@@ -4,15 +4,17 @@ This is the module to import from: DataConfig, load_corpus, open_loader, validat
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mlt.data.config import DataConfig
 from mlt.data.corpus import Corpus, load_corpus
-from mlt.data.mixture import Schedule, slots_per_block
-from mlt.data.pack import EndlessRows, OnePassRows, Row, padding_row
+from mlt.data.pack import OnePassRows, Row, padding_row
+from mlt.data.position import position, row_of
+from mlt.data.prefetch import Prefetcher, WaitStopped
+from mlt.data.rows import Batch, TrainingRows
 from mlt.errors import UserError
 
 __all__ = [
@@ -20,90 +22,66 @@ __all__ = [
     "DataConfig",
     "Loader",
     "TrainingRows",
+    "WaitStopped",
     "load_corpus",
     "open_loader",
     "validation_batches",
 ]
 
-Batch = dict[str, np.ndarray]
-_LAST_ROW = 2**50  # Grain wants a length; no run gets here
-
-
-class TrainingRows:
-    """The endless rows of a run: `rows[r]` is a pure function of the corpus, the config's seed and r."""
-
-    def __init__(self, config: DataConfig, corpus: Corpus):
-        self._schedule = Schedule(_slots(config), config.seed)
-        self._rows = [
-            EndlessRows(
-                source.tokens,
-                *source.split("train"),
-                sequence_length=config.sequence_length,
-                key=(config.seed, position),
-                shuffle_documents=config.shuffle_documents,
-                shuffle_block_rows=config.shuffle_block_rows,
-            )
-            for position, source in enumerate(corpus.sources)
-        ]
-
-    def __getitem__(self, index: int) -> Row:
-        source, row = self._schedule.locate(index)
-        return self._rows[source][row]
-
-
-class _HostRows:
-    """What one host reads: the same places of each global batch. A random-access source for Grain."""
-
-    def __init__(self, rows: TrainingRows, *, first_row: int, batch_size: int, places: Sequence[int]):
-        self._rows = rows
-        self._first_row = first_row
-        self._batch_size = batch_size
-        self._places = places
-
-    def __len__(self) -> int:
-        return _LAST_ROW
-
-    def __getitem__(self, index: int) -> Row:
-        step, place = divmod(index, len(self._places))
-        return self._rows[self._first_row + step * self._batch_size + self._places[place]]
+_THREADS = 2  # that make batches ahead
 
 
 class Loader(Iterator[Batch]):
     """Yields this host's part of one global batch after another, without end; made by open_loader.
 
     Attributes:
+        rows: all the rows of the run, by number.
         last_wait_seconds: how long the last `next` waited for its batch.
     """
 
-    def __init__(self, config: DataConfig, corpus: Corpus, *, first_row: int, places: Sequence[int]):
-        import grain  # takes most of a second, so only where batches are read
-
-        self._identity = _identity(config, corpus)
-        self._config = config
-        self._next_row = first_row
+    def __init__(
+        self,
+        config: DataConfig,
+        corpus: Corpus,
+        *,
+        first_row: int,
+        places: Sequence[int],
+        stop: Callable[[], object] | None = None,
+    ):
+        self.rows = TrainingRows(config, corpus)
         self.last_wait_seconds = 0.0
-        rows = _HostRows(TrainingRows(config, corpus), first_row=first_row, batch_size=config.batch_size, places=places)
-        batches = grain.MapDataset.source(rows).batch(len(places))
-        ahead = config.prefetch_batches
-        options = grain.ReadOptions(num_threads=min(ahead, 2), prefetch_buffer_size=ahead)
-        self._batches = iter(batches.to_iter_dataset(options))
+        self._config, self._corpus = config, corpus
+        self._first_row, self._next_row = first_row, first_row
+        self._places = places
+        self._stop = stop
+        self._batches = Prefetcher(self._make, ahead=config.prefetch_batches, threads=_THREADS)
 
     def __next__(self) -> Batch:
-        """The next batch: tokens, targets, segment_ids, positions int32, weights float32; (places, T)."""
+        """The next batch: tokens, targets, segment_ids, positions int32, weights float32; (places, T).
+
+        An error leaves the loader where it is: the next call tries again.
+
+        Raises:
+            WaitStopped: `stop` asked to, and the batch was not ready.
+            RunFailed: a row could not be made; the message says which, and of which documents.
+        """
         started = time.perf_counter()
-        batch = next(self._batches)
+        batch = self._batches.next(self._stop)
         self.last_wait_seconds = time.perf_counter() - started
         self._next_row += self._config.batch_size
         return batch
 
     def state(self) -> dict[str, Any]:
         """Where the next batch starts, and what the stream is made of; plain JSON, the same on every host."""
-        tokens = self._next_row * self._config.sequence_length
-        return {"tokens": tokens, "rows": self._next_row, **self._identity}
+        return position(self._next_row, self._config, self._corpus)
 
     def close(self) -> None:
-        """Stops the background threads."""
+        """Stops the background threads; a thread that is stuck in a read is left behind."""
         self._batches.close()
+
+    def _make(self, step: int) -> Batch:
+        first = self._first_row + step * self._config.batch_size
+        return self.rows.batch([first + place for place in self._places])
 
 
 def open_loader(
@@ -115,19 +93,25 @@ def open_loader(
     host_index: int = 0,
     host_count: int = 1,
     places: Sequence[int] | None = None,
+    stop: Callable[[], object] | None = None,
 ) -> Loader:
     """Opens the training batches at global batch `first_step`, or where the loader that gave `state` stood.
 
     The concatenation of the hosts' batches is the same global batch for any `host_count` that divides
     batch_size. Where hosts do not hold equal slices, `places` says which rows of each global batch this one
-    reads, instead of `host_index` and `host_count`. A state may be taken up with another batch_size or
-    sequence_length: reading goes on at the same token. (Where rows are shuffled and sequence_length changes,
-    rows of the block at hand can come twice or not at all.) Raises UserError if the hosts do not divide the
-    batch, or the state belongs to another stream.
+    reads, instead of `host_index` and `host_count`. `stop` is asked while `next` waits for a batch; when true, `next` raises
+    WaitStopped instead of waiting on.
+
+    A state may be taken up with another batch_size, other sources behind the old ones, other stages of the mixture from its
+    row on, or another sequence_length (see `mlt.data.position.row_of`): reading goes on at the same token. (Where rows are
+    shuffled and sequence_length changes, rows of the block at hand can come twice or not at all.)
+
+    Raises:
+        UserError: the hosts do not divide the batch, or the state belongs to another stream.
     """
     places = _slice(config, host_index, host_count) if places is None else places
-    first_row = first_step * config.batch_size if state is None else _row_of_state(state, config, corpus)
-    return Loader(config, corpus, first_row=first_row, places=places)
+    first_row = first_step * config.batch_size if state is None else row_of(state, config, corpus)
+    return Loader(config, corpus, first_row=first_row, places=places, stop=stop)
 
 
 def validation_batches(
@@ -182,51 +166,6 @@ class _ValidationBatches(Sequence[Batch]):
             return self._padding
         source, row = self._found[index]
         return self._sources[source][row]
-
-
-def _slots(config: DataConfig) -> tuple[int, ...]:
-    return slots_per_block([part.weight for part in config.parts])
-
-
-def _identity(config: DataConfig, corpus: Corpus) -> dict[str, Any]:
-    """What must be the same for a position to mean the same."""
-    return {
-        "corpus_hash": corpus.hash,
-        "seed": config.seed,
-        "rows_per_thousand": list(_slots(config)),
-        "shuffle_documents": config.shuffle_documents,
-        "shuffle_block_rows": config.shuffle_block_rows,
-    }
-
-
-def _row_of_state(state: Mapping[str, Any], config: DataConfig, corpus: Corpus) -> int:
-    identity = _identity(config, corpus)
-    missing = sorted({"tokens", *identity} - set(state))
-    if missing:
-        raise UserError(
-            f"the saved data position lacks {', '.join(missing)}: it was not written by this loader or is "
-            "damaged. Restore an older checkpoint."
-        )
-    if state["corpus_hash"] != corpus.hash:
-        raise UserError(
-            f"the documents differ from those of the saved run: corpus hash {corpus.hash}, saved "
-            f"{state['corpus_hash']}. A position in one is no position in the other. Bring the same "
-            "documents (and, for PythonStdlib, the same Python version), tokenizer and validation_fraction "
-            "back, or start a new run directory."
-        )
-    changed = [f"{name}={identity[name]} (saved {state[name]})" for name in identity if identity[name] != state[name]]
-    if changed:
-        raise UserError(
-            f"the order of the data differs from that of the saved run: data {', '.join(changed)}. "
-            "Set the saved values again, or start a new run directory."
-        )
-    row, rest = divmod(state["tokens"], config.sequence_length)
-    if rest:
-        raise UserError(
-            f"data.sequence_length={config.sequence_length} does not divide the saved position of "
-            f"{state['tokens']} tokens. Use a length that divides it, such as the old one or a half of it."
-        )
-    return row
 
 
 def _slice(config: DataConfig, host_index: int, host_count: int) -> range:

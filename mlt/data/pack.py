@@ -6,6 +6,7 @@ row cuts it: the rest continues in the next row as a new segment with positions 
 but the documents, the seed and r, so there is no buffer to save.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -40,18 +41,61 @@ class DocumentLine:
 
     def cut(self, begin: int, end: int) -> Pieces:
         """The pieces that cover target positions [begin, end), 0 <= begin < end <= len(self)."""
-        first = int(np.searchsorted(self._edges, begin, side="right")) - 1
-        last = int(np.searchsorted(self._edges, end, side="left"))
-        inside = np.clip(self._edges[first : last + 1], begin, end)
-        return Pieces(self._starts_D[first:last] + inside[:-1] - self._edges[first:last], np.diff(inside))
+        first = int(self._edges.searchsorted(begin, side="right")) - 1
+        last = int(self._edges.searchsorted(end, side="left"))
+        inside = self._edges[first : last + 1].clip(begin, end)
+        return Pieces(self._starts_D[first:last] + inside[:-1] - self._edges[first:last], inside[1:] - inside[:-1])
 
 
-class EndlessRows:
+class PackedRows(ABC):
+    """Rows of one source, each a few pieces of its flat token array."""
+
+    def __init__(self, tokens: np.ndarray, *, sequence_length: int, pad_id: int = 0):
+        self.tokens = tokens
+        self.sequence_length = sequence_length
+        self.pad_id = pad_id
+
+    @abstractmethod
+    def pieces(self, index: int) -> Pieces:
+        """Which pieces make up row `index` >= 0; together at most sequence_length targets."""
+
+    def __getitem__(self, index: int) -> Row:
+        """Row `index`: tokens, targets, segment_ids, positions int32 (T,) and weights float32 (T,).
+
+        Segment 0 and weight 0 at padding.
+        """
+        rows = empty_rows(1, self.sequence_length)
+        self.write(index, rows, 0)
+        return {name: values[0] for name, values in rows.items()}
+
+    def write(self, index: int, rows: Row, place: int) -> None:
+        """Writes row `index` at `place` of arrays made by empty_rows."""
+        write_row(rows, place, self.tokens, self.pieces(index), pad_id=self.pad_id)
+
+
+class RowShuffle:
+    """Rows permuted within blocks of `block_rows`, so that one batch does not hold consecutive rows of one document."""
+
+    def __init__(self, block_rows: int, key: tuple[int | str, ...]):
+        self._block_rows = block_rows
+        self._key = key
+        self._block = lru_cache(maxsize=4)(self._make_block)  # neighbouring rows share a block, threads the cache
+
+    def __call__(self, index: int) -> int:
+        if self._block_rows == 1:
+            return index
+        block, place = divmod(index, self._block_rows)
+        return block * self._block_rows + int(self._block(block)[place])
+
+    def _make_block(self, block: int) -> np.ndarray:
+        return permutation(self._block_rows, *self._key, "rows", block)
+
+
+class EndlessRows(PackedRows):
     """Rows of one source for training: full, without padding, without end.
 
     Each epoch goes through all documents once, in an order drawn from `key` and the epoch. Rows are then
-    permuted within blocks of `shuffle_block_rows` rows, so that one batch does not hold consecutive rows of
-    one document.
+    permuted within blocks of `shuffle_block_rows` rows.
     """
 
     def __init__(
@@ -65,32 +109,29 @@ class EndlessRows:
         shuffle_documents: bool = True,
         shuffle_block_rows: int = 1,
     ):
-        self._tokens, self._starts_D, self._targets_D = tokens, starts_D, targets_D
+        super().__init__(tokens, sequence_length=sequence_length)
+        self._starts_D, self._targets_D = starts_D, targets_D
         self._epoch_targets = int(targets_D.sum())
-        self._sequence_length = sequence_length
         self._key = key
         self._shuffle_documents = shuffle_documents
-        self._block_rows = shuffle_block_rows
-        # A row touches few epochs and neighbouring rows share a block; threads may share the caches.
-        self._line = lru_cache(maxsize=4)(self._make_line)
-        self._block = lru_cache(maxsize=4)(self._make_block)
+        self._shuffle = RowShuffle(shuffle_block_rows, key)
+        self._line = lru_cache(maxsize=4)(self._make_line)  # a row touches few epochs; threads may share the cache
 
-    def __getitem__(self, index: int) -> Row:
-        """Row `index` >= 0: tokens, targets, segment_ids, positions int32 (T,) and weights float32 (T,)."""
-        block, place = divmod(index, self._block_rows)
-        begin = (block * self._block_rows + int(self._block(block)[place])) * self._sequence_length
-        end = begin + self._sequence_length
+    def pieces(self, index: int) -> Pieces:
+        begin = self._shuffle(index) * self.sequence_length
+        end = begin + self.sequence_length
         pieces = []
         while begin < end:
             epoch, offset = divmod(begin, self._epoch_targets)
             count = min(end - begin, self._epoch_targets - offset)
             pieces.append(self._line(epoch).cut(offset, offset + count))
             begin += count
-        joined = Pieces(
+        if len(pieces) == 1:
+            return pieces[0]
+        return Pieces(
             np.concatenate([piece.begins for piece in pieces]),
             np.concatenate([piece.lengths for piece in pieces]),
         )
-        return fill_row(self._tokens, joined, sequence_length=self._sequence_length)
 
     def _make_line(self, epoch: int) -> DocumentLine:
         if not self._shuffle_documents:
@@ -98,13 +139,8 @@ class EndlessRows:
         order = permutation(len(self._starts_D), *self._key, "documents", epoch)
         return DocumentLine(self._starts_D[order], self._targets_D[order])
 
-    def _make_block(self, block: int) -> np.ndarray:
-        if self._block_rows == 1:
-            return np.zeros(1, np.int64)
-        return permutation(self._block_rows, *self._key, "rows", block)
 
-
-class OnePassRows:
+class OnePassRows(PackedRows):
     """Rows of one source for validation: every target once, in document order, the last row padded."""
 
     def __init__(
@@ -116,42 +152,64 @@ class OnePassRows:
         sequence_length: int,
         pad_id: int,
     ):
-        self._tokens = tokens
+        super().__init__(tokens, sequence_length=sequence_length, pad_id=pad_id)
         self._line = DocumentLine(starts_D, targets_D)
-        self._sequence_length = sequence_length
-        self._pad_id = pad_id
 
     def __len__(self) -> int:
-        return -(-len(self._line) // self._sequence_length)
+        return -(-len(self._line) // self.sequence_length)
 
-    def __getitem__(self, index: int) -> Row:
-        """Row 0 <= `index` < len(self); fields as in EndlessRows, segment 0 and weight 0 at padding."""
-        begin = index * self._sequence_length
-        pieces = self._line.cut(begin, min(begin + self._sequence_length, len(self._line)))
-        return fill_row(self._tokens, pieces, sequence_length=self._sequence_length, pad_id=self._pad_id)
+    def pieces(self, index: int) -> Pieces:
+        """Those of row 0 <= `index` < len(self)."""
+        begin = index * self.sequence_length
+        return self._line.cut(begin, min(begin + self.sequence_length, len(self._line)))
 
 
-def fill_row(tokens: np.ndarray, pieces: Pieces, *, sequence_length: int, pad_id: int = 0) -> Row:
-    """Gathers the pieces from the flat token array into one row of `sequence_length`, padded at the end."""
-    ends = np.cumsum(pieces.lengths)
-    used = int(ends[-1]) if len(ends) else 0
-    positions = np.arange(used) - np.repeat(ends - pieces.lengths, pieces.lengths)
-    index = np.repeat(pieces.begins, pieces.lengths) + positions
-    row = padding_row(sequence_length, pad_id)
-    row["tokens"][:used] = tokens[index]
-    row["targets"][:used] = tokens[index + 1]
+def empty_rows(count: int, sequence_length: int) -> Row:
+    """Arrays (count, sequence_length) of every field, not filled."""
+    types = {"tokens": np.int32, "targets": np.int32, "weights": np.float32, "segment_ids": np.int32, "positions": np.int32}
+    return {name: np.empty((count, sequence_length), kind) for name, kind in types.items()}
+
+
+def write_row(rows: Row, place: int, tokens: np.ndarray, pieces: Pieces, *, pad_id: int = 0) -> None:
+    """Writes pieces of the flat token array into row `place`, one after another, and pads the rest."""
+    row = {name: values[place] for name, values in rows.items()}
+    length = len(row["tokens"])
+    # Copying runs is the faster way for few of them, gathering ids for many.
+    few = len(pieces.lengths) <= 8 + length // 512
+    used = (_copy_runs if few else _gather)(row, tokens, pieces)
     row["weights"][:used] = 1.0
-    row["segment_ids"][:used] = np.repeat(np.arange(1, len(pieces.lengths) + 1), pieces.lengths)
-    row["positions"][:used] = positions
-    return row
+    if used < length:
+        for name, fill in (("tokens", pad_id), ("targets", pad_id), ("weights", 0.0), ("segment_ids", 0), ("positions", 0)):
+            row[name][used:] = fill
 
 
 def padding_row(sequence_length: int, pad_id: int) -> Row:
     """A row of padding alone: segment 0, weight 0."""
-    return {
-        "tokens": np.full(sequence_length, pad_id, np.int32),
-        "targets": np.full(sequence_length, pad_id, np.int32),
-        "weights": np.zeros(sequence_length, np.float32),
-        "segment_ids": np.zeros(sequence_length, np.int32),
-        "positions": np.zeros(sequence_length, np.int32),
-    }
+    rows = empty_rows(1, sequence_length)
+    write_row(rows, 0, np.zeros(0, np.uint16), Pieces(np.zeros(0, np.int64), np.zeros(0, np.int64)), pad_id=pad_id)
+    return {name: values[0] for name, values in rows.items()}
+
+
+def _copy_runs(row: Row, tokens: np.ndarray, pieces: Pieces) -> int:
+    count = np.arange(len(row["positions"]), dtype=np.int32)
+    used = 0
+    for segment, (begin, length) in enumerate(zip(pieces.begins.tolist(), pieces.lengths.tolist(), strict=True), 1):
+        end = used + length
+        row["tokens"][used:end] = tokens[begin : begin + length]
+        row["targets"][used:end] = tokens[begin + 1 : begin + length + 1]
+        row["segment_ids"][used:end] = segment
+        row["positions"][used:end] = count[:length]
+        used = end
+    return used
+
+
+def _gather(row: Row, tokens: np.ndarray, pieces: Pieces) -> int:
+    ends = pieces.lengths.cumsum()
+    starts, used = ends - pieces.lengths, int(ends[-1])
+    line = np.arange(used)
+    index = np.repeat(pieces.begins - starts, pieces.lengths) + line
+    row["tokens"][:used] = tokens.take(index)
+    row["targets"][:used] = tokens.take(index + 1)
+    row["segment_ids"][:used] = np.repeat(np.arange(1, len(ends) + 1, dtype=np.int32), pieces.lengths)
+    row["positions"][:used] = line - np.repeat(starts, pieces.lengths)
+    return used

@@ -1,16 +1,26 @@
 """What a data source is: a config that opens a deterministic, random-access collection of documents."""
 
 import glob
+import importlib.util
 import os
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Self
 
 from mlt.config.base import Config
-from mlt.config.problems import ConfigError, Problem
+from mlt.config.problems import ABSENT, ConfigError, Problem
 from mlt.errors import UserError
+
+
+class BadRecord(UserError):
+    """One document cannot be read as text, whichever host reads it. The message starts with its file and position.
+
+    `max_bad_records` of them are left out; a file that cannot be opened is no bad record.
+    """
 
 
 @dataclass(frozen=True)
@@ -19,8 +29,8 @@ class Documents:
 
     Attributes:
         origin: where they come from, as it continues the words "read N documents from".
-        names: one name per document, unique, for messages.
-        read: index -> text; raises UserError when the document cannot be read.
+        names: one name per document, unique: file and position.
+        read: index -> text; raises BadRecord when the document is not text, UserError when the file cannot be read.
     """
 
     origin: str
@@ -54,18 +64,19 @@ class Source(Config, ABC):
         """A small instance, for tests and documentation."""
 
 
-def find_files(paths: Sequence[str]) -> tuple[list[str], list[Problem]]:
+def find_files(paths: Sequence[str], suffixes: tuple[str, ...] = ("",)) -> tuple[list[str], list[Problem]]:
     """Expands files, folders (every file below, hidden ones left out) and patterns such as `books/**/*.txt`.
 
-    Returns the files (in the order of `paths`, sorted within each, no file twice) and the problems of `paths`.
+    `suffixes` says which of the files below a folder are meant. Returns the files (in the order of `paths`, sorted within each,
+    no file twice) and the problems of `paths`.
     """
     found: dict[str, None] = {}
     problems = []
     for position, entry in enumerate(paths):
         path = os.path.normpath(os.path.expanduser(entry))
         if os.path.isdir(path):
-            matches = _files_below(path)
-            reason = "is a folder with no file in it"
+            matches = [match for match in _files_below(path) if match.endswith(suffixes)]
+            reason = f"is a folder with no {' or '.join(filter(None, suffixes)) or 'file'} in it"
         elif glob.has_magic(path) and not os.path.exists(path):
             matches = sorted(match for match in glob.glob(path, recursive=True) if os.path.isfile(match))
             reason = "matches no file"
@@ -79,12 +90,48 @@ def find_files(paths: Sequence[str]) -> tuple[list[str], list[Problem]]:
     return list(found), problems
 
 
-def require_files(paths: Sequence[str], source: str) -> list[str]:
+def require_files(paths: Sequence[str], source: str, suffixes: tuple[str, ...] = ("",)) -> list[str]:
     """find_files, but every problem is raised in one ConfigError, as found in `source`."""
-    files, problems = find_files(paths)
+    files, problems = find_files(paths, suffixes)
     if problems:
         raise ConfigError(problems, source)
     return files
+
+
+class Positions(Sequence[str]):
+    """Names of documents that lie in files one after another, `file:position` from 0; finds them by bisection."""
+
+    def __init__(self, files: Sequence[str], counts: Sequence[int]):
+        self._files = files
+        self._ends = list(accumulate(counts))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, document: int) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        file, position = self.place(document)
+        return f"{self._files[file]}:{position}"
+
+    def place(self, document: int) -> tuple[int, int]:
+        """Index of the file, and position in it."""
+        if not 0 <= document < len(self):
+            raise IndexError(document)
+        file = bisect_right(self._ends, document)
+        return file, document - (self._ends[file - 1] if file else 0)
+
+
+def require_package(name: str, purpose: str) -> None:
+    """Raises UserError if an optional package is not installed."""
+    problem = package_problem(name, purpose)
+    if problem is not None:
+        raise UserError(str(problem))
+
+
+def package_problem(name: str, purpose: str) -> Problem | None:
+    """What is wrong if an optional package is not installed."""
+    if importlib.util.find_spec(name) is not None:
+        return None
+    return Problem("", ABSENT, f"{purpose} needs the package {name}, which is not installed", f"run: pip install {name}")
 
 
 def read_bytes(path: str) -> bytes:
@@ -96,11 +143,11 @@ def read_bytes(path: str) -> bytes:
 
 
 def decode_utf8(data: bytes, path: str, first_byte: int = 0) -> str:
-    """Text of `data`, which starts at byte `first_byte` of `path`; UserError with the place if not UTF-8."""
+    """Text of `data`, which starts at byte `first_byte` of `path`; BadRecord with the place if not UTF-8."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(
+        raise BadRecord(
             f"{path}: not UTF-8 at byte {first_byte + error.start} (value 0x{data[error.start]:02x}, "
             f"{error.reason}). Documents must be UTF-8 text: convert the file (for instance with iconv) or "
             "take it out of the paths."

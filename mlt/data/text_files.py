@@ -1,4 +1,4 @@
-"""Text files as documents: one file, one document."""
+"""Text files as documents: one file, one document; .gz and .zst are decompressed."""
 
 from collections.abc import Iterable
 from typing import Annotated, Self
@@ -6,7 +6,8 @@ from typing import Annotated, Self
 from pydantic import Field
 
 from mlt.config.problems import Problem
-from mlt.data.sources import Documents, Source, decode_utf8, find_files, read_bytes, require_files
+from mlt.data.compressed import open_binary
+from mlt.data.sources import Documents, Source, decode_utf8, find_files, require_files
 
 
 class TextFiles(Source):
@@ -22,14 +23,15 @@ class TextFiles(Source):
     def documents(self) -> Documents:
         """The files in the order of `paths`, sorted within each.
 
-        Raises UserError if one is missing; reading a document does so if it is not UTF-8, with file and byte.
+        Raises UserError if one is missing; reading a document raises BadRecord if it is not UTF-8, with file and byte.
         """
         files = require_files(self.paths, "TextFiles")
-        return Documents(
-            origin=f"text files {', '.join(self.paths)}",
-            names=files,
-            read=lambda index: decode_utf8(read_bytes(files[index]), files[index]),
-        )
+
+        def read(document: int) -> str:
+            with open_binary(files[document]) as file:
+                return decode_utf8(file.read(), files[document])
+
+        return Documents(origin=f"text files {', '.join(self.paths)}", names=files, read=read)
 
     def file_problems(self) -> Iterable[Problem]:
         return find_files(self.paths)[1]

@@ -1,7 +1,8 @@
-"""Reading a corpus: documents whole and once, a split that stays, hashes that notice, a cache that is sound."""
+"""Reading a corpus: documents whole and once, a split that stays, hashes that notice, bad records that are counted."""
 
 import itertools
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -152,31 +153,50 @@ def test_large_vocabularies_take_four_bytes():
     assert corpus.sources[0].tokens.dtype == np.uint32
 
 
-def test_cache_returns_the_same_ids_and_is_used(tmp_path):
-    cache = tmp_path / "cache"
-    setting = config(Mixture.example())
-    first, second, third = (load_corpus(setting, cache_dir=folder) for folder in (None, cache, cache))
-    assert first.hash == second.hash == third.hash
-    for ours, again, cached in zip(first.sources, second.sources, third.sources, strict=True):
-        for other in (again, cached):
-            np.testing.assert_array_equal(ours.tokens, other.tokens)
-            np.testing.assert_array_equal(ours.offsets_D, other.offsets_D)
-            assert ours.tokens.dtype == other.tokens.dtype
-    files = sorted(cache.iterdir())
-    assert [path.suffix for path in files] == [".npz", ".npz"]  # one a source, nothing half-written
-    files[0].write_bytes(files[0].read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"tokens-.*\.npz: this token cache is damaged.*Delete the file"):
-        load_corpus(setting, cache_dir=cache)
+def test_names_are_file_and_position_of_what_was_kept(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", ["", "one", "", "two"])
+    (source,) = load_corpus(config(JsonLines(paths=(path,)), validation_fraction=0)).sources
+    assert list(source.names) == [f"{path}:2", f"{path}:4"]
 
 
-def test_cache_depends_on_text_and_tokenizer(tmp_path):
-    for seed, multiple in ((1, 16), (2, 16), (1, 128)):
-        setting = config(SyntheticText(num_documents=30, seed=seed), tokenizer=ByteTokenizer(vocab_multiple=multiple))
-        load_corpus(setting, cache_dir=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 3
+BAD = [b'{"text": 5}', b"{", b"\xff\xfe", b'{"other": "x"}']
 
 
-def test_cache_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="token cache cannot be written"):
-        load_corpus(DataConfig.example(), cache_dir=tmp_path / "file" / "below")
+def spoiled(tmp_path):
+    """300 good lines with a bad one before, between and behind."""
+    good = [json.dumps({"text": text}).encode() for text in TEXTS]
+    lines = [BAD[0], *good[:100], BAD[1], BAD[2], *good[100:], BAD[3]]
+    (tmp_path / "bad.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    return JsonLines(paths=(str(tmp_path / "bad.jsonl"),))
+
+
+def test_bad_records_are_left_out_counted_and_logged_with_their_place(tmp_path, caplog):
+    clean = load_corpus(config(JsonLines(paths=(write_lines(tmp_path / "good.jsonl", TEXTS),))))
+    with caplog.at_level(logging.WARNING, logger="mlt.data"):
+        corpus = load_corpus(config(spoiled(tmp_path), max_bad_records=4))
+    assert corpus.bad_records == 4
+    assert corpus.hash == clean.hash
+    np.testing.assert_array_equal(corpus.sources[0].tokens, clean.sources[0].tokens)
+    assert "left out 4 bad records" in corpus.describe()
+    for record, (line, reason) in zip(
+        caplog.messages, [(1, "not a string"), (102, "not valid JSON"), (103, "not UTF-8"), (304, "no field 'text'")], strict=True
+    ):
+        assert f"bad.jsonl, line {line}" in record
+        assert reason in record
+
+
+def test_more_bad_records_than_allowed_is_one_clear_error(tmp_path):
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 1: field 'text' holds 5, not a string"):
+        load_corpus(config(spoiled(tmp_path)))
+    with pytest.raises(UserError, match=r"(?s)more than data\.max_bad_records=3 .*line 1.*line 102.*line 103.*raise"):
+        load_corpus(config(spoiled(tmp_path), max_bad_records=3))
+
+
+def test_the_limit_is_over_all_sources_and_no_excuse_for_a_file_that_is_gone(tmp_path):
+    source = spoiled(tmp_path)
+    mixture = Mixture(parts=(Weighted(source=source), Weighted(source=source)))
+    assert load_corpus(config(mixture, max_bad_records=8)).bad_records == 8
+    with pytest.raises(UserError, match="max_bad_records=7"):
+        load_corpus(config(mixture, max_bad_records=7))
+    with pytest.raises(UserError, match="does not exist"):
+        load_corpus(config(TextFiles(paths=(str(tmp_path / "gone.txt"),)), max_bad_records=100))

@@ -137,7 +137,7 @@ def test_mixture_shares_and_documents_never_mix(corpus):
         starts, _ = source.split("train")
         words.append({bytes(source.tokens[start + 1 : start + 13].astype(np.uint8)) for start in starts})
     counts = [0, 0]
-    schedule = Schedule((750, 250), CONFIG.seed)
+    schedule = Schedule([(0, (750, 250))], CONFIG.seed)
     for index in range(1000):
         source, _ = schedule.locate(index)
         counts[source] += 1
@@ -217,22 +217,6 @@ def test_another_sequence_length_goes_on_at_the_same_token(corpus):
     np.testing.assert_array_equal(rest, whole[4 * 48 :])
     with pytest.raises(UserError, match="sequence_length=36 does not divide the saved position of 192 tokens"):
         open_loader(config.replace(sequence_length=36), corpus, state=state)
-
-
-def test_a_state_of_another_stream_is_refused(corpus):
-    loader = open_loader(CONFIG, corpus)
-    state = loader.state()
-    loader.close()
-    other = load_corpus(changed(source=SyntheticText.example()))
-    with pytest.raises(UserError, match=f"corpus hash {other.hash}, saved {corpus.hash}"):
-        open_loader(changed(source=SyntheticText.example()), other, state=state)
-    with pytest.raises(UserError, match=r"data seed=3 \(saved 0\), shuffle_documents=False \(saved True\)"):
-        open_loader(changed(seed=3, shuffle_documents=False), corpus, state=state)
-    weights = Mixture(parts=tuple(part.replace(weight=1.0) for part in CONFIG.parts))
-    with pytest.raises(UserError, match=r"rows_per_thousand=\[500, 500\] \(saved \[750, 250\]\)"):
-        open_loader(changed(source=weights), corpus, state=state)
-    with pytest.raises(UserError, match="lacks corpus_hash, tokens"):
-        open_loader(CONFIG, corpus, state={k: v for k, v in state.items() if k not in ("tokens", "corpus_hash")})
 
 
 def test_hosts_that_do_not_divide_the_batch(corpus):

@@ -145,6 +145,16 @@ def test_long_rows_far_into_the_stream():
     assert row["segment_ids"][-1] >= 400
 
 
+@pytest.mark.parametrize("count", [1, 8, 9, 40])
+def test_few_long_and_many_short_pieces_fill_rows_alike(count):
+    """Few pieces are copied, many gathered: both against the naive loop, in a row too short and one too long for them."""
+    lengths = [2 + 5 * index % 7 for index in range(count)]
+    for sequence_length in (sum(lengths) // 2 + 1, sum(lengths) + 5):
+        rows = OnePassRows(*flat(lengths), sequence_length=sequence_length, pad_id=999)
+        for index, expected in enumerate(naive_rows(lengths, sequence_length, len(rows), pad_id=999)):
+            assert_rows_equal(rows[index], expected)
+
+
 def test_one_document_alone():
     row = make(lengths=[6], sequence_length=12)[3]
     np.testing.assert_array_equal(np.bincount(row["segment_ids"])[1:].max(), 5)
