@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere."""
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class RunConsole:
-    """Prints messages, the bar and one line per logged step."""
+    """Prints messages, the bar and one line per logged step. What cannot be printed (a full disk) is left out."""
 
     def __init__(self, total_steps: int, file: TextIO | None = None):
         self.console = Console(highlight=False, soft_wrap=True, file=file)
@@ -19,7 +20,8 @@ class RunConsole:
         self.task = None
 
     def say(self, message: str) -> None:
-        self.console.print(message, markup=False)
+        with contextlib.suppress(OSError):
+            self.console.print(message, markup=False)
 
     def start(self, step: int) -> None:
         """Begin the bar at a step already done."""
@@ -42,6 +44,7 @@ class RunConsole:
         line = f"loss {metrics['train/loss']:.3f}  {bits_per_byte:.2f} bits/byte  {speed:,.0f} tokens/s"
         if wait > 0.01:
             line += f"  waited {wait:.2f} s for data"
+        line += "".join(f"  {name}" for name, value in metrics.items() if name.startswith("alarm/") and value)
         if self.progress is None:
             self.say(f"step {step}/{self.total}  {line}")
         else:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from mlt.report.goodput import Account
+
 _NOT_METRICS = ("step", "time", "kind", "nonfinite")
 
 
@@ -40,12 +42,14 @@ class History:
     Attributes:
       series: metric name -> values.
       starts: the facts of each start or resume, oldest first; "step" is the one it went on after.
+      rollbacks: where the run went back, oldest first: "from_step", and "step" it went on after.
       seconds: time spent, from each start to the last row that follows it.
       last_time: when the last row was written, in seconds since 1970; 0 where there is none.
     """
 
     series: dict[str, Series] = field(default_factory=dict)
     starts: list[dict[str, Any]] = field(default_factory=list)
+    rollbacks: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     last_time: float = 0.0
 
@@ -71,8 +75,8 @@ def read_history(path: Path) -> History:
             restarted = row.get("kind") == "start" or since is None
             history.seconds += 0.0 if restarted or since is None else max(0.0, at - since)
             since = history.last_time = at
-        if row.get("kind") == "start":
-            history.starts.append(row)
+        if row.get("kind") in ("start", "rollback"):
+            (history.starts if row["kind"] == "start" else history.rollbacks).append(row)
             continue
         for name, value in row.items():
             if name not in _NOT_METRICS and (value is None or _is_number(value)):
@@ -93,6 +97,14 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(row, dict) and _is_number(row.get("step")):
                 yield row
+
+
+def read_account(path: Path) -> Account:
+    """Read logs/goodput.jsonl: seconds by cause; of a missing file, none."""
+    account = Account()
+    for row in read_rows(path):
+        account.add(row)
+    return account
 
 
 def wait_share(history: History) -> Series:

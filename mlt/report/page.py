@@ -13,7 +13,8 @@ import yaml
 
 from mlt.checkpoint.layout import CheckpointError, committed_steps, read_meta, step_path
 from mlt.errors import UserError
-from mlt.report.history import History, Series, families, read_history, read_rows, wait_share
+from mlt.report.goodput import CAUSES, Account
+from mlt.report.history import History, Series, families, read_account, read_history, read_rows, wait_share
 from mlt.report.plots import SMOOTH_FROM, Line, Plot, draw
 from mlt.report.text import amount, byte_size, duration, moment, number, printable
 from mlt.run_paths import RunPaths, write_whole
@@ -24,6 +25,7 @@ _MAIN_METRICS = (
     *("train/loss", "train/learning_rate", "train/grad_norm", "train/tokens"),
     *("eval/loss", "eval/bits_per_byte", "eval/tokens"),
     *("throughput/tokens_per_second", "throughput/step_seconds", "data/wait_seconds"),
+    *("throughput/mfu", "throughput/goodput", "memory/peak_bytes", "memory/program_bytes"),
 )
 _START_FIELDS = ("kind", "step", "time", "steps", "first_step")
 
@@ -57,6 +59,7 @@ def _page(paths: RunPaths) -> str:
         [
             _header(name, paths, history, _total_steps(history, config)),
             _curves(history),
+            _time(read_account(paths.logs_path / "goodput.jsonl")),
             _more(history),
             _samples(paths),
             _checkpoints(paths),
@@ -99,6 +102,7 @@ def _status(done: int, total: int | None, in_use: bool) -> tuple[str, str]:
 def _tiles(history: History, done: int, total: int | None) -> str:
     speed, mfu = history.get("throughput/tokens_per_second").finite(), history.get("throughput/mfu").finite()
     tokens, memory = history.get("train/tokens").last(), history.get("memory/peak_bytes").finite()
+    program, goodput = history.get("memory/program_bytes").finite(), history.get("throughput/goodput").last()
     resumed = len(history.starts) - 1
     tiles = [
         ("steps", f"{done:,}", f"of {total:,}" if total else ""),
@@ -109,7 +113,9 @@ def _tiles(history: History, done: int, total: int | None) -> str:
         ("bits per byte", *_final(history.get("eval/bits_per_byte"))),
         ("tokens/s", amount(float(np.median(speed.values))) if len(speed) else None, "median"),
         ("MFU", f"{100 * np.median(mfu.values):.1f} %" if len(mfu) else None, "median"),
+        ("goodput", f"{100 * goodput:.0f} %" if goodput is not None else None, "of the time"),
         ("peak memory", byte_size(memory.values.max()) if len(memory) else None, "per device"),
+        ("program memory", byte_size(program.values.max()) if len(program) else None, "per device, as compiled"),
     ]
     shown = (
         f"<div><dt>{html.escape(title)}</dt><dd>{html.escape(value)}</dd><small>{html.escape(note)}</small></div>"
@@ -132,6 +138,11 @@ def _warnings(history: History) -> str:
     for name, bad in _not_finite(history).items():
         steps = f"step {bad[0]:,.0f}" if len(bad) == 1 else f"{len(bad)} steps, first at {bad[0]:,.0f}"
         parts.append(f"<b>{html.escape(name)}</b> is not finite at {steps}")
+    for row in history.rollbacks:
+        parts.append(f"the run went back from step {row.get('from_step', 0):,} to step {row['step']:,}")
+    for name, series in history.series.items():
+        if name.startswith("alarm/") and len(series):
+            parts.append(f"<b>{html.escape(name)}</b> raised, last at step {series.steps[-1]:,.0f}")
     return f'<p class="warning" role="alert">{"; ".join(parts)}.</p>' if parts else ""
 
 
@@ -183,7 +194,8 @@ def _tokens_per_step(tokens: Series) -> float | None:
 
 def _more(history: History) -> str:
     resumes = [int(start["step"]) for start in history.starts[1:]]
-    groups = families(sorted(name for name in history.series if name not in _MAIN_METRICS))
+    silent = {name for name, series in history.series.items() if name.startswith("guard/") and not series.values.any()}
+    groups = families(sorted(name for name in history.series if name not in _MAIN_METRICS and name not in silent))
     plots = []
     for title, names in groups.items():
         unit = f"{len(names)} of them" if len(names) > 1 else ""
@@ -195,6 +207,28 @@ def _more(history: History) -> str:
     note = f'<p class="note">{left} more metrics are in metrics.jsonl.</p>' if left > 0 else ""
     drawn = "".join(draw(plot) for plot in plots[:_SMALL_PLOTS])
     return f'<section><h2>More metrics</h2><div class="small">{drawn}</div>{note}</section>'
+
+
+def _time(account: Account) -> str:
+    """Where the time of all starts went, as a bar and a table."""
+    spent = {cause: seconds for cause, seconds in account.seconds.items() if seconds > 0}
+    if not account.total:
+        return ""
+    bar = "".join(
+        f'<i class="{"good" if cause == "step" else "c" + str(index % 4)}" style="width:{100 * seconds / account.total:.2f}%" '
+        f'title="{html.escape(CAUSES.get(cause, cause))}"></i>'
+        for index, (cause, seconds) in enumerate(spent.items())
+    )
+    order = sorted(spent, key=lambda cause: -spent[cause])
+    rows = [(CAUSES.get(cause, cause), duration(spent[cause]), f"{100 * spent[cause] / account.total:.1f} %") for cause in order]
+    down = f" Not counted: {duration(account.down)} between a process and the next." if account.down >= 1 else ""
+    note = (
+        f"Goodput {100 * account.goodput:.1f} %: time of training steps that the model keeps, over all the time of its processes."
+    )
+    return (
+        f'<section><h2>Where the time went</h2><div class="spent">{bar}</div>{_table(("", "time", "share"), rows)}'
+        f'<p class="note">{note}{down}</p></section>'
+    )
 
 
 def _samples(paths: RunPaths) -> str:

@@ -1,5 +1,6 @@
 """Where metrics go: always to metrics.jsonl, on request elsewhere as well. No sink ever stops a training."""
 
+import collections
 import json
 import logging
 import math
@@ -16,6 +17,8 @@ from mlt.report.wandb_sink import WandbConfig, WandbSink
 from mlt.run_paths import RunPaths, replacing
 
 LOGGER = logging.getLogger("mlt.report")
+RETRY_SECONDS = 60.0  # from a sink's failure to the next try
+_HELD_BACK = 10_000  # calls kept for a sink that fails
 
 
 class LogConfig(Config):
@@ -43,6 +46,9 @@ class MetricSink(Protocol):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take the metrics of one step."""
 
+    def rewind(self, step: int, facts: Mapping[str, Any]) -> None:
+        """Note that the run went back to `step`: what was logged of later steps is not part of it."""
+
     def close(self) -> None:
         """Write out what is held back."""
 
@@ -61,7 +67,11 @@ class JsonLinesSink:
         self._torn = path.exists() and not _ends_with_newline(path)
 
     def start(self, step: int, facts: Mapping[str, Any]) -> None:
-        self._append({"kind": "start", "step": step, "time": time.time(), **facts})
+        self.append({"kind": "start", "step": step, "time": time.time(), **facts})
+
+    def rewind(self, step: int, facts: Mapping[str, Any]) -> None:
+        self.truncate_after(step)
+        self.append({"kind": "rollback", "step": step, "time": time.time(), **facts})
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         row: dict[str, Any] = {"step": step, "time": time.time()}
@@ -71,7 +81,7 @@ class JsonLinesSink:
             row[name] = number if math.isfinite(number) else None
             if row[name] is None:
                 nonfinite[name] = str(number)
-        self._append(row | ({"nonfinite": nonfinite} if nonfinite else {}))
+        self.append(row | ({"nonfinite": nonfinite} if nonfinite else {}))
 
     def truncate_after(self, step: int) -> None:
         """Drop the rows of later steps, and torn ones; see `truncate_rows`."""
@@ -84,9 +94,15 @@ class JsonLinesSink:
             file, self._file = self._file, None
             file.close()
 
-    def _append(self, row: Mapping[str, Any]) -> None:
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write any row.
+
+        Raises:
+          OSError: it is not written, or not whole; the next one starts on a line of its own.
+        """
         line = json.dumps(row, allow_nan=False) + "\n"
         if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a", buffering=1)
         if self._torn:  # a crash or a full disk cut the last line off: it must not swallow this one
             line = "\n" + line
@@ -100,46 +116,90 @@ class JsonLinesSink:
         self._torn = False
 
 
+class Tolerant:
+    """A place to write to that may fail: switched off with one warning, tried again at intervals, then given what it missed."""
+
+    def __init__(self, target: Any, name: str, now: Callable[[], float] = time.monotonic) -> None:
+        """Take anything with methods, and what to call it in a warning."""
+        self.target, self._name, self._now = target, name, now
+        self._calls: collections.deque[Callable[[Any], None]] = collections.deque(maxlen=_HELD_BACK)
+        self._retry_at: float | None = None
+
+    @property
+    def failing(self) -> bool:
+        """Whether it is switched off."""
+        return self._retry_at is not None
+
+    def __call__(self, call: Callable[[Any], None], *, now: bool = False) -> None:
+        """Make a call on the target, after those it missed; `now` does not wait for the next try."""
+        self._calls.append(call)
+        if self._retry_at is not None and not now and self._now() < self._retry_at:
+            return
+        held_back = len(self._calls) - 1
+        try:
+            while self._calls:
+                self._calls[0](self.target)
+                self._calls.popleft()
+        except Exception as error:
+            if self._retry_at is None:
+                LOGGER.warning(
+                    "%s: %s: %s; training goes on, and this is tried again every %g s. Free space, or make it writable",
+                    self._name,
+                    type(error).__name__,
+                    error,
+                    RETRY_SECONDS,
+                )
+            self._retry_at = self._now() + RETRY_SECONDS
+        else:
+            if self._retry_at is not None:
+                LOGGER.warning("%s: works again; %d rows were held back and are written now", self._name, held_back)
+            self._retry_at = None
+
+
+def tolerant_rows(path: Path) -> Callable[[Mapping[str, Any]], None]:
+    """Give a function that appends rows to a JSON Lines file, or holds them back while that fails; see `Tolerant`."""
+    rows = Tolerant(JsonLinesSink(path), str(path))
+    return lambda row: rows(lambda sink: sink.append(row))
+
+
 class MetricSinks:
-    """All sinks of a run as one. The first failure of each is reported, the training goes on."""
+    """All sinks of a run as one. A failure of one is reported, the training goes on; see `Tolerant`."""
 
     def __init__(self, sinks: Sequence[MetricSink], first_step: int = 0) -> None:
         """Take sinks; `first_step` is the step that this process starts or resumes after."""
-        self._sinks = tuple(sinks)
+        self._sinks = [Tolerant(sink, type(sink).__name__) for sink in sinks]
         self._first_step = first_step
-        self._failed: set[int] = set()
+
+    @property
+    def failing(self) -> int:
+        """How many sinks are switched off now."""
+        return sum(sink.failing for sink in self._sinks)
 
     def start(self, facts: Mapping[str, Any]) -> None:
         """Note that a process starts or resumes here, and what it runs on."""
-        self._each(lambda sink: sink.start(self._first_step, facts))
+        for sink in self._sinks:
+            sink(lambda target: target.start(self._first_step, facts))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Give the metrics of one step to every sink."""
-        self._each(lambda sink: sink.log(step, metrics))
+        for sink in self._sinks:
+            sink(lambda target: target.log(step, metrics))
+
+    def rewind(self, step: int, facts: Mapping[str, Any]) -> None:
+        """Tell every sink that the run went back to `step`."""
+        for sink in self._sinks:
+            sink(lambda target: target.rewind(step, facts))
 
     def close(self) -> None:
         """Close every sink."""
-        self._each(lambda sink: sink.close())
+        for sink in self._sinks:
+            sink(lambda target: target.close(), now=True)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _each(self, call: Callable[[MetricSink], None]) -> None:
-        for index, sink in enumerate(self._sinks):
-            try:
-                call(sink)
-            except Exception as error:
-                if index not in self._failed:
-                    self._failed.add(index)
-                    LOGGER.warning(
-                        "%s: %s: %s; training goes on, rows may be missing there",
-                        type(sink).__name__,
-                        type(error).__name__,
-                        error,
-                    )
 
 
 def open_sinks(config: LogConfig, paths: RunPaths, first_step: int) -> MetricSinks:

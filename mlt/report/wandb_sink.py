@@ -70,5 +70,8 @@ class WandbSink:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log({"step": step, **metrics})
 
+    def rewind(self, step: int, facts: Mapping[str, Any]) -> None:
+        """Nothing is taken back here; the step is an ordinary metric, so later rows may be of earlier steps."""
+
     def close(self) -> None:
         self._run.finish()

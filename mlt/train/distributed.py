@@ -13,9 +13,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mlt.config.dump import config_hash
+from mlt.config.dump import full_hash
 from mlt.config.run import RunConfig
 from mlt.errors import EXIT_FAILED, EXIT_LOST, EXIT_PREEMPTED, EXIT_USER, PeerLost, Preempted, UserError
+from mlt.train.background import unfinished
 from mlt.train.peers import ALONE, Alone, Peers, end_process
 from mlt.train.processes import Processes
 
@@ -40,6 +41,9 @@ def joined(processes: Processes | None, config: RunConfig) -> Iterator[Alone]:
         return
     peers = initialize(processes, config)
     try:
+        if jax.default_backend() == "cpu":
+            # A program with collectives in a loop that comes out of the persistent cache waits for ever over gloo (JAX 0.10.2).
+            jax.config.update("jax_enable_compilation_cache", False)
         yield peers
         peers.finish()
     except Preempted:
@@ -62,7 +66,7 @@ def initialize(processes: Processes, config: RunConfig) -> Peers:
     Raises:
         UserError: the processes do not find together, or JAX's service cannot start.
     """
-    facts = {"config": config_hash(config), "jax": jax.__version__}
+    facts = {"config": full_hash(config), "jax": jax.__version__}
     train = config.train
     peers = Peers(processes, facts, start_seconds=train.start_timeout_seconds, silence_seconds=train.peer_timeout_seconds)
     _state["peers"] = peers
@@ -86,10 +90,17 @@ def initialize(processes: Processes, config: RunConfig) -> Peers:
 
 
 def leave(code: int) -> NoReturn:
-    """End the command. After a failure of one process, without the wait for all others that JAX adds to an exit."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if _state and code not in (0, EXIT_PREEMPTED):
+    """End the command.
+
+    After a failure of one process, without the wait for all others that JAX adds to an exit; and while the compiler is still
+    at work, which an exit of the interpreter would wait for or crash in, without that exit.
+    """
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, ValueError):  # a full disk behind it, or a reader that is gone: an exit would fail at it again
+        os._exit(code)
+    if (_state and code not in (0, EXIT_PREEMPTED)) or unfinished():
         os._exit(code)
     sys.exit(code)
 
@@ -113,11 +124,18 @@ def agree_on(name: str, digest: str) -> None:
         )
 
 
-def first_says(value: bool) -> bool:
+def first_says(value: int) -> int:
     """Process 0's answer, on every process."""
     if jax.process_count() == 1:
         return value
-    return bool(multihost_utils.broadcast_one_to_all(np.bool_(value)))
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def anyone_says(value: bool) -> bool:
+    """Whether any process says so, on every process."""
+    if jax.process_count() == 1:
+        return value
+    return bool(np.any(multihost_utils.process_allgather(np.bool_(value))))
 
 
 def meet(name: str) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,6 +33,9 @@ class EvalResult:
         return {"eval/loss": self.loss, "eval/bits_per_byte": self.bits_per_byte, "eval/tokens": self.tokens}
 
 
+_IN_FLIGHT = 2  # batches handed to the devices ahead of the one that is waited for
+
+
 class Evaluator:
     """Runs the held-out rows through one compiled program of fixed shape; keeps sums, never means of means."""
 
@@ -51,11 +55,15 @@ class Evaluator:
         if self.batches:
             self.step = self.step.lower(model, self.shapes).compile()
 
-    def __call__(self, model: LM) -> EvalResult | None:
-        """None where no documents are held out."""
+    def __call__(self, model: LM, between: Callable[[], None] = lambda: None) -> EvalResult | None:
+        """None where no documents are held out. `between` is called after every batch; what it raises ends the evaluation."""
         if not self.batches:
             return None
-        sums = [self.step(model, self.feed(batch)) for batch in self.batches]
+        sums = []
+        for batch in self.batches:
+            sums.append(self.step(model, self.feed(batch)))
+            jax.block_until_ready(sums[: -1 - _IN_FLIGHT][-1:])
+            between()
         nats = float(np.sum([np.asarray(s["nats"], np.float64) for s in sums]))
         weight = float(np.sum([np.asarray(s["weight"], np.float64) for s in sums]))
         return EvalResult(nats / weight, nats / math.log(2) / max(self.num_bytes, 1), int(weight))

@@ -19,6 +19,7 @@ from mlt.errors import EXIT_LOST, EXIT_USER
 from mlt.train.processes import Processes
 from mlt.train.rendezvous import Link, gather, report
 
+_NOT_STARTED = -1  # the point of a process that still compiles
 GRACE_SECONDS = 2.0  # for the main thread to end by itself, before a verdict ends the process
 
 Message = dict[str, Any]
@@ -45,8 +46,12 @@ class Alone:
 
     index, count = 0, 1
 
-    def stop_after(self, step: int, asked: str | None) -> str | None:
-        """Name of the request to stop, if the run is to stop after this step."""
+    def stop_after(self, point: int, asked: str | None) -> str | None:
+        """Name of the request to stop, if the run is to stop at this point."""
+        return asked
+
+    def stop_before_start(self, asked: str | None) -> str | None:
+        """Name of the request to stop, if the run is to stop before its first point."""
         return asked
 
     def wait_for_verdict(self, seconds: float) -> Verdict | None:
@@ -93,7 +98,7 @@ class Peers(Alone):
         self._silence, self._end = silence_seconds, end
         self._change = threading.Condition()  # guards what both threads use
         self._verdict: Verdict | None = None
-        self._step, self._held, self._finished, self._main_ends, self._asked = 0, False, False, False, False
+        self._step, self._held, self._finished, self._main_ends, self._asked = _NOT_STARTED, False, False, False, False
         self._decision: tuple[int, str] | None = None
         self._loop = asyncio.new_event_loop()
         self._links: dict[int, Link] = {}
@@ -106,23 +111,31 @@ class Peers(Alone):
         threading.Thread(target=self._loop.run_forever, name="mlt-peers", daemon=True).start()
         asyncio.run_coroutine_threadsafe(self._meet(processes, facts, start_seconds), self._loop).result()
 
-    def stop_after(self, step: int, asked: str | None) -> str | None:
-        """Name of the request to stop, if all processes are to stop after this step; call it once after every step.
+    def stop_after(self, point: int, asked: str | None) -> str | None:
+        """Name of the request to stop, if all processes are to stop at this point; call it once at every one.
 
-        A request asks every process how far it is and holds it there until the answer: one step more than the furthest.
+        Points are what all processes come by in the same order: the start, every step, every batch of an evaluation. A
+        request asks every process how far it is and holds it there until the answer: one point more than the furthest.
         Without a request nothing is sent and nothing waits.
 
         Args:
-          step: the step just handed to the devices.
+          point: its number, ascending from 0; that of a step is passed when the step has been handed to the devices.
           asked: the request that reached this process itself, if any.
         """
         with self._change:
-            if asked is not None and not self._asked:
-                self._asked = True
-                self._loop.call_soon_threadsafe(self._tell_first, {"kind": "stop", "name": asked})
+            self._ask(asked)
             self._change.wait_for(lambda: not self._held)
-            self._step = step
-            return self._decision[1] if self._decision is not None and step >= self._decision[0] else None
+            self._step = point
+            return self._decision[1] if self._decision is not None and point >= self._decision[0] else None
+
+    def stop_before_start(self, asked: str | None) -> str | None:
+        """Name of the request to stop, once it is settled that no process goes beyond point 0; never waits.
+
+        For a process that compiles, as often as it likes: where one has passed point 0 already, this one has to follow.
+        """
+        with self._change:
+            self._ask(asked)
+            return self._decision[1] if self._decision is not None and self._decision[0] <= 0 else None
 
     def wait_for_verdict(self, seconds: float) -> Verdict | None:
         """Why this process cannot go on, once that is known; whoever asks and gets an answer ends the process."""
@@ -140,6 +153,11 @@ class Peers(Alone):
     def leave(self, code: int, reason: str) -> None:
         """Tell the others that this process ends with a failure."""
         asyncio.run_coroutine_threadsafe(self._part(code, reason), self._loop).result()
+
+    def _ask(self, asked: str | None) -> None:
+        if asked is not None and not self._asked:
+            self._asked = True
+            self._loop.call_soon_threadsafe(self._tell_first, {"kind": "stop", "name": asked})
 
     async def _meet(self, processes: Processes, facts: Mapping[str, str], seconds: float) -> None:
         meet = gather if self.index == 0 else report

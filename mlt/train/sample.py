@@ -1,5 +1,9 @@
 """Samples of a run: text drawn by its model in training, and by `mlt generate` afterwards."""
 
+import contextlib
+import json
+from pathlib import Path
+
 import jax
 import numpy as np
 
@@ -32,3 +36,13 @@ def _drawable(tokenizer: Tokenizer) -> np.ndarray:
     allowed_V = tokenizer.token_bytes() > 0
     allowed_V[tokenizer.eos_id] = True
     return allowed_V
+
+
+def sampled_steps(path: Path) -> set[int]:
+    """Steps that samples.jsonl has a sample of; those of torn lines are not counted."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                found.add(json.loads(line)["step"])
+    return found

@@ -1,6 +1,7 @@
 """From a checked config to everything a run needs: mesh, corpus, described model, optimizer, step options."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import optax
@@ -52,6 +53,7 @@ def step_options(config: RunConfig, rules: Rules, specs: LM) -> StepOptions:
         clip_norm=config.train.clip_norm,
         z_loss=config.train.z_loss,
         gradient_places=rules.gradient_shardings(partition(specs)[0]),
+        guard=config.train.guard,
     )
 
 
@@ -61,16 +63,17 @@ def describe_model(config: RunConfig) -> LM:
 
 
 def build_optimizer(config: RunConfig, specs: LM) -> optax.GradientTransformation:
-    return config.optimizer.build(partition(specs)[0], config.schedule, config.train.steps)
+    return config.optimizer.transformation(partition(specs)[0], config.schedule, config.train.steps)
 
 
-def prepare(config: RunConfig, rules: Rules) -> Setup:
+def prepare(config: RunConfig, rules: Rules, stop: Callable[[], object] | None = None) -> Setup:
     """Read the corpus and describe the model. Touches no run directory.
 
     Raises:
         UserError: the data cannot be read, or the model does not fit the mesh.
+        WaitStopped: `stop()` became true while the corpus was read.
     """
     specs = describe_model(config)
     rules.param_shardings(specs)
-    corpus = load_corpus(config.data)
+    corpus = load_corpus(config.data, stop=stop)
     return Setup(config, rules, corpus, specs, build_optimizer(config, specs), step_options(config, rules, specs))

@@ -1,12 +1,14 @@
 """Ends a process that makes no progress: a device, a collective or a disk that hangs raises nothing by itself."""
 
+import contextlib
 import faulthandler
+import os
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO
 
 from mlt.errors import EXIT_LOST
 from mlt.train.peers import Verdict, end_process
@@ -59,8 +61,7 @@ class Watchdog:
         assert self._seconds is not None
         interval = min(5.0, self._seconds / 10)
         last = time.monotonic()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as stacks:
+        with self._open_stacks() as stacks:
             while not self._over.wait(interval):
                 faulthandler.dump_traceback_later(self._seconds + _LAST_RESORT_SECONDS, exit=True, file=stacks)
                 self._passed += min(time.monotonic() - last, 2 * interval)
@@ -74,5 +75,14 @@ class Watchdog:
                     self._end(Verdict(EXIT_LOST, f"hung: {reason}; the same command resumes"))
                     return
             faulthandler.cancel_dump_traceback_later()
-        if self._path.stat().st_size == 0:
-            self._path.unlink()
+        with contextlib.suppress(OSError):
+            if self._path.stat().st_size == 0:
+                self._path.unlink()
+
+    def _open_stacks(self) -> TextIO:
+        """The file for the stacks; standard error where none can be made, as on a full disk."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            return self._path.open("a")
+        except OSError:
+            return os.fdopen(os.dup(2), "w")

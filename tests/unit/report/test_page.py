@@ -149,6 +149,27 @@ def test_a_run_cut_short_anywhere_has_a_report(tmp_path, rows, figures, texts):
         assert text in page.text, text
 
 
+def test_where_the_time_went_and_what_went_wrong(tmp_path):
+    rollback = {"kind": "rollback", "step": 4, "time": 5.0, "from_step": 8, "first_skipped": 6}
+    rows = [START, row(3, **{"guard/skipped_steps": 0.0}), rollback, row(9, **{"alarm/checkpoint_failures": 2})]
+    run = make_run(tmp_path / "run", rows)
+    (run / "logs").mkdir()
+    spent = [
+        {"kind": "start", "step": 0, "time": 1.0},
+        {"step": 8, "time": 50.0, "seconds": {"startup": 10.0, "step": 80.0}},
+        {"kind": "rollback", "step": 4, "time": 50.0},
+        {"step": 9, "time": 60.0, "seconds": {"step": 10.0}},
+    ]
+    (run / "logs" / "goodput.jsonl").write_text("".join(json.dumps(part) + "\n" for part in spent))
+    page = read(write_report(run))
+    for text in ("went back from step 8 to step 4", "alarm/checkpoint_failures raised, last at step 9", "Goodput 50.0 %"):
+        assert text in page.text, text
+    for text in ("steps rolled back", "40 s", "40.0 %", "start-up and restore"):
+        assert text in page.text, text
+    assert "guard/skipped_steps" not in page.text
+    assert "saving" not in page.text
+
+
 def test_a_run_in_progress_says_so(tmp_path):
     run = RunDirectory(tmp_path / "run")
     with run.lock():

@@ -137,7 +137,7 @@ assert "wandb" not in sys.modules, "wandb is imported without being asked for"
     assert done.returncode == 0, done.stderr
     assert "File too large" in done.stderr
     truncate_rows(path, 10)
-    assert steps(path) == [1, 3]
+    assert steps(path) == [1, 2, 3]
 
 
 def test_wandb_goes_on_with_the_same_run_offline(tmp_path, monkeypatch):

@@ -91,6 +91,41 @@ def test_all_stop_after_the_same_step(meeting):
     assert meeting.ended.empty()
 
 
+def test_a_request_before_the_start_needs_no_step(meeting):
+    peers = [future.result(timeout=30) for future in [meeting.join(index) for index in range(3)]]
+
+    def compile_and_start(one: Peers) -> str | None:
+        """The first two still compile when the request comes; the last waits at the start for them."""
+        if one.index == 2:
+            time.sleep(0.5)
+            return one.stop_after(0, None)
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            name = one.stop_before_start("SIGTERM" if one.index == 1 else None)
+            if name is not None:
+                return name
+            time.sleep(0.01)
+        return None
+
+    found = [meeting.pool.submit(compile_and_start, one) for one in peers]
+    assert [future.result(timeout=30) for future in found] == ["SIGTERM"] * 3
+    for done in [meeting.pool.submit(one.finish) for one in peers]:
+        done.result(timeout=30)
+
+
+def test_who_still_compiles_follows_those_who_have_started(meeting):
+    peers = [future.result(timeout=30) for future in [meeting.join(index, count=2) for index in range(2)]]
+    assert peers[0].stop_after(0, None) is None
+    assert peers[1].stop_before_start("SIGTERM") is None
+    time.sleep(0.5)  # the answer is: at point 1
+    assert peers[1].stop_before_start(None) is None
+    assert peers[1].stop_after(0, None) is None
+    stops = [meeting.pool.submit(one.stop_after, 1, None) for one in peers]
+    assert [future.result(timeout=30) for future in stops] == ["SIGTERM"] * 2
+    for done in [meeting.pool.submit(one.finish) for one in peers]:
+        done.result(timeout=30)
+
+
 def test_a_process_that_dies_is_named_to_all(meeting):
     first = meeting.join(0, count=2)
     link = meeting.stranger()

@@ -27,3 +27,12 @@ def test_progress_keeps_it_quiet_and_leaves_nothing(tmp_path):
             time.sleep(0.1)
     assert ended.empty()
     assert not path.exists()
+
+
+def test_where_no_file_can_be_made_the_stacks_go_to_the_screen(tmp_path, capfd):
+    (tmp_path / "logs").write_text("no directory")
+    ended = queue.Queue()
+    with Watchdog(1.0, tmp_path / "logs" / "stacks-0.txt", tell=lambda code, reason: None, end=ended.put) as watchdog:
+        watchdog.progress("the compilation of the train step")
+        assert "the compilation of the train step" in ended.get(timeout=20).text
+    assert "test_where_no_file_can_be_made" in capfd.readouterr().err
