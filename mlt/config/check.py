@@ -9,6 +9,8 @@ from mlt.config.dump import to_yaml
 from mlt.config.problems import ConfigError, Problem, collect_problems, walk
 from mlt.config.run import RunConfig
 from mlt.mixers.base import MixerConfig, SequenceMixerConfig
+from mlt.nn.param import partition
+from mlt.optim.fit import table_problems, too_long
 from mlt.parallel import carry, ring
 from mlt.plan.text import ring_shape
 
@@ -45,6 +47,7 @@ def cross_section_problems(config: RunConfig) -> Iterator[Problem]:
         rule = f"is smaller than the tokenizer's {tokenizer_vocab}"
         yield Problem("model.vocab_size", config.model.vocab_size, rule, f"use {tokenizer_vocab} or more")
     yield from _shards(config)
+    yield from _tables(config)
 
 
 def _batch(config: RunConfig) -> Iterator[Problem]:
@@ -105,6 +108,15 @@ def _attention_shards(config: RunConfig) -> Iterator[Problem]:
             named = f"{path}.exchange" if mixer.exchange else "mesh.attention"
             fitting = [other for other in ring.STRATEGIES if not ring.refusal(other, **shape)]
             yield Problem(named, strategy, f"{why} ({path})", f"use {', '.join(fitting)}, or None for the cheapest")
+
+
+def _tables(config: RunConfig) -> Iterator[Problem]:
+    """Settings of sparse tables that fit none of the model's, and tables that are too long for their owners."""
+    if collect_problems(config.model) or collect_problems(config.mesh) or collect_problems(config.optimizer):
+        return
+    specs, _ = partition(config.model.build(config.data.tokenizer.token_strings()))
+    yield from (problem.under("optimizer") for problem in table_problems(config.optimizer.table_optimizers, specs))
+    yield from too_long(specs, config.mesh.abstract_rules())
 
 
 def _shards(config: RunConfig) -> Iterator[Problem]:

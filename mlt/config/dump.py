@@ -1,4 +1,4 @@
-"""A config tree as plain data, YAML, a hash, and the difference of two."""
+"""A config tree as plain data, YAML, hashes, and the difference of two."""
 
 import hashlib
 import json
@@ -9,6 +9,7 @@ from mlt.config import fields
 from mlt.config.base import Config, FrozenMap
 from mlt.config.build import build, implied_class
 from mlt.config.classes import UnknownClass, class_name
+from mlt.config.exempt import ROOT, exemption, without_exempt
 from mlt.config.problems import ABSENT, ConfigError, Problem, at, shorten
 
 
@@ -64,9 +65,46 @@ def from_yaml(text: str, *, root: type[Config] = Config, source: str | None = No
 
 
 def config_hash(tree: Config) -> str:
-    """16 hex digits that stand for every class and value of the tree (SHA-256 of its canonical JSON)."""
-    text = json.dumps(to_plain(tree, all_classes=True), sort_keys=True, separators=(",", ":"))
+    """16 hex digits that stand for what a checkpoint is bound to: what the run computes.
+
+    Left out are the fields that may change when a run is resumed (`mlt.config.exempt`), and fields at their defaults, so
+    that a version of mlt with more fields still knows its checkpoints. (A default that changes shows in `binding_changes`:
+    a saved config names every value.)
+    """
+    plain = _bound(tree)
+    return _hash(without_exempt(plain, at) if class_name(type(tree)) == ROOT else plain)
+
+
+def full_hash(tree: Config) -> str:
+    """16 hex digits that stand for every class and value of the tree: what all processes of a run must share."""
+    return _hash(to_plain(tree, all_classes=True))
+
+
+def _hash(plain: Any) -> str:
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _bound(value: Any) -> Any:
+    """Plain data with the class of every node, without the fields that are at their defaults."""
+    if isinstance(value, Config):
+        fields_set = {name: _bound(getattr(value, name)) for name in type(value).model_fields}
+        defaults = {
+            name: _bound(field.get_default(call_default_factory=True))
+            for name, field in type(value).model_fields.items()
+            if not field.is_required()
+        }
+        kept = {k: v for k, v in fields_set.items() if k not in defaults or json.dumps(v) != json.dumps(defaults[k])}
+        return {"class": class_name(type(value)), **kept}
+    if isinstance(value, tuple | list):
+        return [_bound(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _bound(value[key]) for key in sorted(value)}
+    return value
+
+
+Difference = tuple[str, Any, Any]
+"""(path, old, new); ABSENT stands for a key or item that one side lacks."""
 
 
 def diff(old: Config | Mapping[str, Any], new: Config | Mapping[str, Any]) -> list[str]:
@@ -74,22 +112,40 @@ def diff(old: Config | Mapping[str, Any], new: Config | Mapping[str, Any]) -> li
 
     Either side may be the plain data of a saved config that can no longer be built.
     """
-    lines: list[str] = []
-    _diff(_side(old), _side(new), "", lines)
-    return lines
+    return [_line(*found) for found in _differences(old, new)]
+
+
+def binding_changes(old: Config, new: Config) -> list[str]:
+    """The lines of `diff` that forbid to resume a run of the config `old` with `new`."""
+    return [_line(*found) for found in _differences(old, new) if exemption(found[0]) is None]
+
+
+def allowed_changes(old: Config, new: Config) -> list[str]:
+    """The lines of `diff` that do not forbid it, each with what it is about."""
+    return [f"{_line(*found)} ({why})" for found in _differences(old, new) if (why := exemption(found[0])) is not None]
+
+
+def _differences(old: Config | Mapping[str, Any], new: Config | Mapping[str, Any]) -> list[Difference]:
+    found: list[Difference] = []
+    _diff(_side(old), _side(new), "", found)
+    return found
+
+
+def _line(path: str, old: Any, new: Any) -> str:
+    return f"{path or 'config'}: {shorten(old)} -> {shorten(new)}"
 
 
 def _side(tree: Config | Mapping[str, Any]) -> Any:
     return to_plain(tree) if isinstance(tree, Config) else tree
 
 
-def _diff(old: Any, new: Any, path: str, lines: list[str]) -> None:
+def _diff(old: Any, new: Any, path: str, found: list[Difference]) -> None:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in dict.fromkeys([*old, *new]):
-            _diff(old.get(key, ABSENT), new.get(key, ABSENT), at(path, key), lines)
+            _diff(old.get(key, ABSENT), new.get(key, ABSENT), at(path, key), found)
     elif isinstance(old, list) and isinstance(new, list):
         for index in range(max(len(old), len(new))):
             left, right = (side[index] if index < len(side) else ABSENT for side in (old, new))
-            _diff(left, right, at(path, index), lines)
+            _diff(left, right, at(path, index), found)
     elif old != new or type(old) is not type(new):
-        lines.append(f"{path or 'config'}: {shorten(old)} -> {shorten(new)}")
+        found.append((path, old, new))

@@ -1,6 +1,6 @@
 """What must lie in the run directory before a job starts, and what may not."""
 
-from mlt.config.dump import diff, from_yaml
+from mlt.config.dump import binding_changes, from_yaml
 from mlt.errors import UserError
 from mlt.launch.paths import LaunchPaths
 from mlt.launch.snapshot import copy_code
@@ -26,7 +26,10 @@ def check_run_dir(job: Job) -> None:
     if not paths.config_path.exists():
         return
     saved = paths.config_path.read_text()
-    lines = diff(from_yaml(saved, source=str(paths.config_path)), from_yaml(job.config_text))
+    try:
+        lines = binding_changes(from_yaml(saved, source=str(paths.config_path)), from_yaml(job.config_text))
+    except UserError:
+        return  # damaged: the run mends it where its checkpoints are of this config, and refuses otherwise
     if lines:
         shown = lines[:_SHOWN] + ([f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])
         told = "\n  ".join(shown)

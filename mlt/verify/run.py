@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 
@@ -16,6 +17,7 @@ from mlt.verify.gradients import gradients
 from mlt.verify.isolation import alone, isolation
 from mlt.verify.mesh import mesh
 from mlt.verify.model import subject_of
+from mlt.verify.resume import Options, verify_resume
 
 PROOFS = (isolation, alone, causality, decode, gradients)
 
@@ -49,6 +51,19 @@ def verify_mesh(config: RunConfig, layout: Layout, *, seed: int, say: Callable[[
     say(f"{result.name:<10} {'holds' if result.passed else 'FAILS'}   {result.facts}")
     say(f"one train step sends, on each device:\n{summary(sent)}")
     return result.passed
+
+
+def certify(config: RunConfig, options: Options, source: Path, out: Path | None, *, say: Callable[[str], None]) -> bool:
+    """Make the resume certificate of a config and say it; True if it holds.
+
+    It is written to `out`; None takes the run directory that `source` is, or a directory with the name of the config file.
+    """
+    if out is None:
+        out = source if source.is_dir() else Path(f"{source.stem}-certificate")
+    certificate = verify_resume(config, options, out, say=say)
+    say(certificate.text())
+    say(f"{out / 'certificate.json'}")
+    return certificate.holds
 
 
 def simulate(count: int) -> None:

@@ -1,4 +1,4 @@
-"""On a real SLURM: a run over two tasks is stopped, requeues itself, and goes on to the losses of an uninterrupted one.
+"""On a real SLURM: the quickstart over two tasks is stopped, requeues itself, and ends with an uninterrupted run's losses.
 
 What the job script makes of each end is tried with tasks that only end: they cost nothing.
 """
@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import slurm_tools
-from fault_tools import TINY, losses, rows
+from fault_tools import losses, rows
 
 from mlt.launch.slurm import Slurm
 from mlt.launch.spec import Job
@@ -28,9 +28,15 @@ JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = "0"
 JAX_DISABLE_MOST_OPTIMIZATIONS = "1"
 """
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-STEPS = 100
-SETS = ("mesh.fsdp=2", "train.peer_timeout_seconds=20", "checkpoint.every_steps=50", "evaluation.every_steps=50")
-WORDS = ("--arg", "plain=true", "--arg", f"steps={STEPS}", *(word for line in SETS for word in ("--set", line)))
+STEPS = 60
+QUICKSTART = pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py"
+SETS = (
+    *("mesh.fsdp=2", "train.peer_timeout_seconds=20", "data.source.max_bytes=200000", "log.every_steps=1", "sample.tokens=0"),
+    # Each of these programs would be compiled four times more.
+    *("checkpoint.every_steps=20", "data.validation_fraction=0"),
+)
+ARGS = ("width=32", f"steps={STEPS}", "sequence_length=64", "batch_size=2")
+WORDS = (*(word for line in ARGS for word in ("--arg", line)), *(word for line in SETS for word in ("--set", line)))
 
 MISSING = slurm_tools.missing()
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
@@ -46,7 +52,7 @@ def submit(mlt, slurm, run_dir: pathlib.Path) -> str:
     """Launch the run in a directory; the job's number."""
     site = run_dir.with_name("slurm.toml")
     site.write_text(SITE.format(cache=mlt.environment["JAX_COMPILATION_CACHE_DIR"]))
-    line = [sys.executable, "-m", "mlt.cli", "launch", TINY, "--on", site, "--run-dir", run_dir, *WORDS]
+    line = [sys.executable, "-m", "mlt.cli", "launch", QUICKSTART, "--on", site, "--run-dir", run_dir, *WORDS]
     environment = mlt.environment | {"SLURM_CONF": str(slurm.conf)}
     done = subprocess.run([str(word) for word in line], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -82,7 +88,9 @@ def test_a_stopped_run_requeues_itself_and_ends_with_the_losses_of_an_uninterrup
     assert (logs / f"{slurm_tools.HOST}-task-0.log").read_text().count("resuming after step") == 1, told(slurm, run_dir)
     assert [row["num_processes"] for row in rows(run_dir) if row.get("kind") == "start"] == [2, 2]
 
-    process = mlt.start("train", TINY, "--run-dir", whole_dir, *WORDS, JAX_NUM_CPU_DEVICES=2, JAX_DISABLE_MOST_OPTIMIZATIONS=1)
+    process = mlt.start(
+        "train", QUICKSTART, "--run-dir", whole_dir, *WORDS, JAX_NUM_CPU_DEVICES=2, JAX_DISABLE_MOST_OPTIMIZATIONS=1
+    )
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     found, expected = losses(run_dir), losses(whole_dir)

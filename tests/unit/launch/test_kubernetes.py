@@ -1,5 +1,6 @@
 """The manifest against the schemas that the cluster would check it by, and what its rules make of each end of a pod."""
 
+import json
 import pathlib
 import re
 
@@ -75,6 +76,40 @@ def test_the_schemas_refuse_what_the_cluster_would(manifest, schema, change):
     change(jobset)
     with pytest.raises(ValidationError):
         schema.JobSet.model_validate(jobset)
+
+
+FREE_MAPS = ("labels", "annotations", "nodeSelector", "requests", "limits", "data")
+
+
+def places(node, path=()):
+    """(where, mapping or list) of everything in a manifest that holds something."""
+    if isinstance(node, dict | list):
+        yield path, node
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from places(value, (*path, key))
+
+
+def changed(manifest: dict, path: tuple, key, value) -> dict:
+    copy = json.loads(json.dumps(manifest))
+    node = copy
+    for step in path:
+        node = node[step]
+    node[key] = value
+    return copy
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_the_schemas_leave_no_field_unknown_and_no_type_open(manifest, schema, name):
+    """A stray field anywhere, and a value of another type anywhere, are refused: what is not listed does not pass."""
+    for text, model in zip(manifest(SITES[name]), (schema.ConfigMap, schema.JobSet), strict=True):
+        for path, node in places(text):
+            if isinstance(node, dict) and path[-1:] not in [(free,) for free in FREE_MAPS]:
+                with pytest.raises(ValidationError):
+                    model.model_validate(changed(text, path, "strayField", "x"))
+            for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+                other = [7.5] if not isinstance(value, list) else "x"
+                with pytest.raises(ValidationError):
+                    model.model_validate(changed(text, path, key, other))
 
 
 def test_the_config_comes_back(manifest, config_text):

@@ -54,4 +54,5 @@ def test_two_processes_restart_together(tmp_path):
     logs = run_dir / "logs" / "launch"
     assert "SIGTERM: saved step" in (logs / "process-0.log").read_text()
     assert "SIGTERM: saved step" in (logs / "process-1.log").read_text()
-    assert any((logs / "compiled").iterdir())
+    # A step of several processes on CPUs is not kept compiled: see train/distributed.py.
+    assert not list((logs / "compiled").glob("jit_train_step-*-cache"))
