@@ -2,14 +2,17 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mlt.export.huggingface.fields import Fields
 from mlt.export.huggingface.links import Link, Tensors
 from mlt.mixers.base import MixerConfig
 from mlt.mixers.channel.moe import MoE
+from mlt.mixers.sequence.attention import Attention
+from mlt.mixers.sequence.mamba2 import Mamba2
 from mlt.mixers.sequence.parallel import Parallel
+from mlt.mixers.sequence.zamba import ZambaLayer
 from mlt.model.block import Block
 from mlt.model.lm import LMConfig
 from mlt.model.stack import MAX_UNROLLED, Stack
@@ -76,8 +79,12 @@ def same_function(a: LMConfig, b: LMConfig, other: str = "read back as") -> list
     ours, theirs = a.stack.layers(), b.stack.layers()
     if len(ours) != len(theirs):
         return [*lines, f"{len(ours)} layers, {other} {len(theirs)}"]
+    names = _shared_names(a), _shared_names(b)
     for number, pair in enumerate(zip(ours, theirs, strict=True)):
-        plain, again = (block.replace(mixers=tuple(map(_plain, block.mixers))) for block in pair)
+        plain, again = (
+            block.replace(mixers=tuple(_plain(mixer, a.d_model, shared) for mixer in block.mixers))
+            for block, shared in zip(pair, names, strict=True)
+        )
         if plain == again:
             continue
         here = [name for name in Block.model_fields if name != "mixers" and getattr(plain, name) != getattr(again, name)]
@@ -104,18 +111,36 @@ def first(layers: Sequence[Block], kind: type[MixerConfig]) -> Any:
     return found[0]
 
 
-def _plain(mixer: MixerConfig) -> MixerConfig:
+def _shared_names(config: LMConfig) -> dict[str, str]:
+    """What several layers share, under names that its order alone decides."""
+    names = dict.fromkeys(name for mixer in config.stack.mixers() for name in mixer.shares())
+    return {name: f"shared_{number}" for number, name in enumerate(names)}
+
+
+def _plain(mixer: MixerConfig, d_model: int, names: Mapping[str, str]) -> MixerConfig:
     """A mixer with its defaults spelled out and without what changes no output: backend, losses, the router bias's pace."""
-    changes: dict[str, Any] = {"kernel": None} if "kernel" in type(mixer).model_fields else {}
+    changes: dict[str, Any] = {name: None for name in ("kernel", "exchange") if name in type(mixer).model_fields}
     for field, meant in (("num_kv_heads", "kv_heads"), ("num_key_heads", "key_heads"), ("value_dim", "values")):
         if field in type(mixer).model_fields and hasattr(mixer, meant):
             changes[field] = getattr(mixer, meant)
+    for field, meant in (("inner", "channels"), ("width", "channels"), ("step_rank", "rank")):
+        if field in type(mixer).model_fields and hasattr(mixer, meant):
+            changes[field] = getattr(mixer, meant)(d_model)
     if isinstance(mixer, MoE):
         changes |= {"balance_loss": 0.0, "z_loss": 0.0, "bias_update_rate": None}
         if mixer.num_shared_experts:
             changes |= {"num_shared_experts": 1, "shared_d_ff": mixer.shared_width}
+    if isinstance(mixer, Attention) and mixer.scale is None:
+        changes["scale"] = mixer.head_dim**-0.5
+    if isinstance(mixer, Mamba2) and mixer.projection_scales is None:
+        changes["projection_scales"] = (1.0,) * 5
     if isinstance(mixer, Parallel):
-        changes["mixers"] = tuple(map(_plain, mixer.mixers))
+        changes["mixers"] = tuple(_plain(inner, d_model, names) for inner in mixer.mixers)
+        for name in ("input_scales", "output_scales"):
+            changes[name] = getattr(mixer, name) or (1.0,) * len(mixer.mixers)
+    if isinstance(mixer, ZambaLayer):
+        transformer = mixer.transformer.replace(num_kv_heads=mixer.transformer.kv_heads)
+        changes |= {"name": names[mixer.name], "transformer": transformer, "memory": _plain(mixer.memory, d_model, names)}
     return mixer.replace(**changes)
 
 

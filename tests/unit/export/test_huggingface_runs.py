@@ -80,6 +80,32 @@ def test_there_and_back(source, tmp_path):
     assert read_config(written, "written") == read_config(LLAMA, "given")
 
 
+def test_shared_weights_go_there_and_back(source, tmp_path):
+    """Zamba2's transformers lie where they are first used, and belong to no layer of ours."""
+    values = {
+        "model_type": "zamba2",
+        **{name: LLAMA[name] for name in ("hidden_size", "vocab_size", "num_attention_heads", "intermediate_size")},
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid", "hybrid"],
+        "num_mem_blocks": 2,
+        "adapter_rank": 2,
+        "n_mamba_heads": 2,
+        "mamba_d_state": 4,
+    }
+    config = read_config(values, "given")
+    rng = np.random.default_rng(0)
+    links = all_architectures()["zamba2"].links(config)
+    theirs = {name: rng.standard_normal(link.shape, np.float32) for link in links for name in link.theirs}
+    assert len([name for name in theirs if name.endswith("q_proj.weight")]) == 2
+    (source / "config.json").write_text(json.dumps(values))
+    save_file(theirs, source / "model.safetensors")
+    import_run(source, tmp_path / "run")
+    export_huggingface(tmp_path / "run", tmp_path / "export")
+    ours = load_file(tmp_path / "export" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(ours[name], array, err_msg=name)
+
+
 def test_every_refused_setting_is_listed_and_nothing_written(source, tmp_path):
     values = {
         **LLAMA,
