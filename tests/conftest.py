@@ -1,7 +1,29 @@
-"""Eight simulated devices for every test, set up before jax is imported."""
+"""Eight simulated devices for every test, set up before jax is imported; and room for the programs of many tests."""
 
+import gc
+import itertools
 import os
+import pathlib
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["WANDB_MODE"] = "offline"
+
+MAPS = pathlib.Path("/proc/self/maps")
+MANY_MAPS = 25_000
+LOOK_EVERY = 8  # tests: looking takes some milliseconds
+
+tests_run = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_memory_maps():
+    """Every program that XLA compiles for the CPU maps memory, and Linux ends a process that has 65,530 maps."""
+    yield
+    if next(tests_run) % LOOK_EVERY == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        import jax  # not before the environment is set
+
+        jax.clear_caches()
+        gc.collect()

@@ -26,12 +26,25 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "optim": ("nn", "parallel", "config", "errors"),
     "loss": ("kernels", "model", "mixers", "parallel"),
     "report": ("checkpoint", *COMMON),
-    "plan": ("kernels", "model", "mixers", "parallel", "nn", "config", "errors", "train"),
+    "plan": ("kernels", "optim", "model", "mixers", "parallel", "nn", "config", "errors", "train"),
     "train": ("model", "mixers", "nn", "parallel", "data", "optim", "loss", "checkpoint", "report", "plan", *COMMON),
     "checkpoint": ("errors",),
     "export": ("model", "mixers", "nn", "parallel", "data", "train", "checkpoint", "config", "errors", "__init__"),
-    "evals": ("model", "parallel", "train", "config", "errors"),
-    "verify": ("model", "mixers", "nn", "parallel", "loss", "train", "plan", "config", "errors"),
+    "evals": ("model", "mixers", "nn", "parallel", "loss", "data", "train", "config", "errors"),
+    "verify": (
+        "model",
+        "mixers",
+        "nn",
+        "parallel",
+        "loss",
+        "data",
+        "train",
+        "checkpoint",
+        "plan",
+        "config",
+        "errors",
+        "run_paths",
+    ),
 }
 """Package of mlt -> packages of mlt it may import, its own always included; "kernels" is mlt_kernels."""
 
