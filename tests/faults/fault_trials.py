@@ -82,6 +82,7 @@ class Trial:
         self.logged: Numbers = {}
         self.floor = 0  # the newest step that must not be lost
         self.before = 0  # the last step whose loss was logged
+        self.damaged: set[int] = set()  # steps that were damaged and that no start has set aside yet
 
     def start(self) -> Child:
         self.outcome.starts += 1
@@ -121,7 +122,9 @@ class Trial:
         except ValueError as error:
             self.fail(str(error))
         self.before = kinds.last_step(self.paths)
-        self.floor = max(committed_steps(self.paths.checkpoints_path), default=0)
+        place = self.paths.checkpoints_path
+        self.damaged = {step for step in self.damaged if not list(place.glob(f"{step}.damaged*"))}
+        self.floor = max(set(committed_steps(place)) - self.damaged, default=0)
 
     def fail(self, words: str) -> None:
         self.outcome.failures.append(words)
@@ -180,8 +183,8 @@ def _damaging(how: str) -> Callable[[Trial], None]:
             return
         step, words = found
         trial.outcome.story.append(words)
-        left = [other for other in committed_steps(trial.paths.checkpoints_path) if other != step]
-        trial.floor = max(left, default=0)
+        trial.damaged.add(step)
+        trial.floor = max(set(committed_steps(trial.paths.checkpoints_path)) - trial.damaged, default=0)
 
     return fault
 

@@ -21,10 +21,10 @@ CONFIG = "configs/quickstart.py"
 SMALL = {"width": "64", "sequence_length": "64", "batch_size": "8"}
 LAYOUTS = {
     "tensor": {"replica": 2, "fsdp": 2, "tensor": 2, "zero": 2},
-    "context": {"context": 8, "carry": "permute"},
     "all": {"fsdp": 2, "context": 2, "expert": 2, "carry": "ring", "attention": "zigzag"},
 }
 MORE = {
+    "context": {"context": 8, "carry": "permute"},
     "data": {"replica": 2, "fsdp": 4, "zero": 1},
     "fsdp_tensor": {"fsdp": 4, "tensor": 2},
     "expert": {"fsdp": 2, "expert": 4},
