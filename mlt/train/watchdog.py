@@ -60,24 +60,28 @@ class Watchdog:
     def _watch(self) -> None:
         assert self._seconds is not None
         interval = min(5.0, self._seconds / 10)
-        last = time.monotonic()
         with self._open_stacks() as stacks:
-            while not self._over.wait(interval):
-                faulthandler.dump_traceback_later(self._seconds + _LAST_RESORT_SECONDS, exit=True, file=stacks)
-                self._passed += min(time.monotonic() - last, 2 * interval)
-                last = time.monotonic()
-                if self._passed > self._seconds:
-                    faulthandler.dump_traceback(stacks, all_threads=True)
-                    reason = (
-                        f"no progress for {self._seconds:g} s in {self._phase}; the stacks of all threads are in {self._path}"
-                    )
-                    self._tell(EXIT_LOST, reason)
-                    self._end(Verdict(EXIT_LOST, f"hung: {reason}; the same command resumes"))
-                    return
-            faulthandler.cancel_dump_traceback_later()
+            try:
+                self._watch_until_over(stacks, interval)
+            finally:
+                faulthandler.cancel_dump_traceback_later()
         with contextlib.suppress(OSError):
             if self._path.stat().st_size == 0:
                 self._path.unlink()
+
+    def _watch_until_over(self, stacks: TextIO, interval: float) -> None:
+        assert self._seconds is not None
+        last = time.monotonic()
+        while not self._over.wait(interval):
+            faulthandler.dump_traceback_later(self._seconds + _LAST_RESORT_SECONDS, exit=True, file=stacks)
+            self._passed += min(time.monotonic() - last, 2 * interval)
+            last = time.monotonic()
+            if self._passed > self._seconds:
+                faulthandler.dump_traceback(stacks, all_threads=True)
+                reason = f"no progress for {self._seconds:g} s in {self._phase}; the stacks of all threads are in {self._path}"
+                self._tell(EXIT_LOST, reason)
+                self._end(Verdict(EXIT_LOST, f"hung: {reason}; the same command resumes"))
+                return
 
     def _open_stacks(self) -> TextIO:
         """The file for the stacks; standard error where none can be made, as on a full disk."""

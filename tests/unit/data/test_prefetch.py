@@ -113,6 +113,9 @@ def test_a_loader_stops_its_threads():
     next(loader)
     assert data_threads(others) != []
     loader.close()
+    until = time.monotonic() + 20  # close() waits for one second, which a busy machine may not give a thread
+    while data_threads(others) and time.monotonic() < until:
+        time.sleep(0.05)
     assert data_threads(others) == []
 
 

@@ -1,5 +1,6 @@
 """A step that hangs ends the process, with the stacks of its threads on the disk."""
 
+import faulthandler
 import queue
 import time
 
@@ -16,6 +17,16 @@ def test_a_hang_ends_the_process_and_shows_where(tmp_path):
     assert verdict.code == 70
     assert "no progress for 1 s in step 7" in verdict.text
     assert "test_a_hang_ends_the_process_and_shows_where" in path.read_text()
+
+
+def test_the_last_resort_is_called_off_with_the_watch(tmp_path, monkeypatch):
+    calls, ended = [], queue.Queue()
+    for name in ("dump_traceback_later", "cancel_dump_traceback_later"):
+        monkeypatch.setattr(faulthandler, name, lambda *_, name=name, **__: calls.append(name))
+    with Watchdog(0.2, tmp_path / "stacks-0.txt", tell=lambda code, reason: None, end=ended.put):
+        ended.get(timeout=20)
+    assert "dump_traceback_later" in calls
+    assert calls[-1] == "cancel_dump_traceback_later"  # else it would end this process two minutes from now
 
 
 def test_progress_keeps_it_quiet_and_leaves_nothing(tmp_path):
