@@ -1,4 +1,10 @@
-"""Eight simulated devices for every test, set up before jax is imported; and room for the programs of many tests."""
+"""Eight simulated devices for every test, set up before jax is imported; and room for the programs of many tests.
+
+Most of the suite's time would be LLVM's: programs are compiled without its optimization, which changes no rule of arithmetic. What
+proves bits asks for it by name (`tests/mixers/test_conformance.py`), runs of the command have it, and so has the whole suite with
+
+    XLA_FLAGS=--xla_backend_optimization_level=3 python -m pytest
+"""
 
 import gc
 import itertools
@@ -8,7 +14,10 @@ import pathlib
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+FLAGS = os.environ.get("XLA_FLAGS", "")
+if "xla_backend_optimization_level" not in FLAGS:
+    FLAGS += " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = FLAGS + " --xla_force_host_platform_device_count=8"
 os.environ["WANDB_MODE"] = "offline"
 
 MAPS = pathlib.Path("/proc/self/maps")

@@ -3,8 +3,8 @@
     MLT_FULL=1 python -m pytest tests/mixers/test_conformance.py
 
 tries more lengths. A mixer that reads what others publish, or shares parameters, runs behind those others in a small stack
-(`mlt.verify.material.described`). What compares to a tolerance is compiled without LLVM's optimization, which takes most of
-the time; what compares bits is compiled as users compile it.
+(`mlt.verify.material.described`). What compares bits is compiled as users compile it, the rest without LLVM's optimization
+(`tests/conftest.py`).
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import mlt.mixers
+from mlt.loss import context_of
 from mlt.mixers.base import BuildInfo, ChannelMixerConfig, Context, MixerConfig, SequenceMixerConfig
 from mlt.nn.param import ParamSpec, initialize, merge, named_leaves, partition
 from mlt.parallel.rules import LOGICAL_TO_MESH, Rules
@@ -27,7 +28,7 @@ from mlt.verify.material import described, lively, packed_rows
 FOLDER = pathlib.Path(mlt.mixers.__file__).parent
 ROWS, LENGTH = 2, 96
 FULL = bool(os.environ.get("MLT_FULL"))
-QUICK_COMPILE = {"xla_backend_optimization_level": 0}
+AS_USERS_DO = {"xla_backend_optimization_level": 3}
 
 
 def discover() -> list[type[MixerConfig]]:
@@ -67,13 +68,13 @@ class Case:
     def run(self):
         """(x, batch) -> y, compiled."""
         mixer = self.mixer
-        return jax.jit(lambda x, batch: mixer(x, context(batch))[0])
+        return jax.jit(lambda x, batch: mixer(x, context(batch))[0], compiler_options=AS_USERS_DO)
 
     @functools.cached_property
     def run_quickly(self):
-        """`run` for other lengths and types, compiled without optimization."""
+        """`run` for other lengths and types."""
         mixer = self.mixer
-        return jax.jit(lambda x, batch: mixer(x, context(batch))[0], compiler_options=QUICK_COMPILE)
+        return jax.jit(lambda x, batch: mixer(x, context(batch))[0])
 
     @functools.cached_property
     def gradients(self):
@@ -84,20 +85,21 @@ class Case:
             y, aux = merge(trained, buffers)(x, context(batch))
             return jnp.sum(y * cotangent) + sum(v for name, v in aux.items() if name.startswith("loss/"))
 
-        return functools.partial(jax.jit(jax.grad(objective, argnums=(0, 1))), trained)
+        return functools.partial(jax.jit(jax.grad(objective, argnums=(0, 1)), compiler_options=AS_USERS_DO), trained)
 
     def gradient(self, x, batch, cotangent):
         return self.gradients(x, batch, cotangent)[1]
 
     def batch(self, seed: int = 0, length: int = LENGTH) -> dict[str, np.ndarray]:
-        return packed_rows(np.random.default_rng(seed), rows=ROWS, length=length, num_ids=self.info.vocab_size)
+        ids, clusters = self.info.vocab_size, self.config.num_clusters
+        return packed_rows(np.random.default_rng(seed), rows=ROWS, length=length, num_ids=ids, clusters=clusters)
 
     def stream(self, seed: int = 0, length: int = LENGTH) -> np.ndarray:
         return np.random.default_rng(seed + 100).standard_normal((ROWS, length, self.info.d_model)).astype(np.float32)
 
 
 def context(batch) -> Context:
-    return Context(batch["tokens"], batch["segment_ids"], batch["positions"], Rules(None), False)
+    return context_of(batch, Rules(None), train=False)
 
 
 CASES = {cls.__name__: Case(*cls.example()) for cls in discover()}
@@ -142,7 +144,7 @@ def test_a_packed_document_computes_what_it_computes_alone(case):
         where = np.flatnonzero(batch["segment_ids"][0] == segment)
         size = len(where)
         single = {name: np.zeros_like(value) for name, value in batch.items()}
-        for name in ("tokens", "positions"):
+        for name in batch:
             single[name][0, :size] = batch[name][0, where]
         single["segment_ids"][0, :size] = 1
         alone = np.zeros_like(x)
@@ -177,7 +179,7 @@ def test_decoding_equals_the_full_pass(case, prefix):
     batch, x = case.batch(), case.stream()
     mixer = case.mixer
 
-    @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+    @jax.jit
     def stepwise(x, batch):
         part = lambda lo, hi: ({name: value[:, lo:hi] for name, value in batch.items()}, x[:, lo:hi])  # noqa: E731
         state = mixer.init_state(ROWS, LENGTH, jnp.dtype("float32"))
