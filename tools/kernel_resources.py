@@ -1,12 +1,15 @@
-"""Registers, spills and shared memory of the Pallas GPU kernels, without a GPU.
+"""Registers, spills and shared memory of the GPU kernels, without a GPU.
 
-    python tools/kernel_resources.py [--op linear_recurrence] [--only scalar vector] [--markdown]
+    python tools/kernel_resources.py [--backend triton_gpu] [--op linear_recurrence] [--only scalar vector] [--markdown]
 
 Every op with a `pallas_gpu` backend is compiled, forward and backward, for an H200 that is not there, in the sizes of
 its bench cases and of `MORE`, in bfloat16 and float32, with the block sizes it ships; `ptxas -v -arch=sm_90a` then reads the
 PTX that XLA made. Needs `ptxas` (CUDA 13) on the PATH and the CUDA plugin wheels of the installed JAX:
 
     pip install jax-cuda13-plugin==VERSION jax-cuda13-pjrt==VERSION
+
+`--backend triton_gpu` reads the kernels that are called through jax-triton (`pip install jax-triton triton` beside the plugins)
+the same way: Triton compiles each of them for compute capability 9.0.
 
 Exit code 1 if a kernel spills.
 """
@@ -26,7 +29,7 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ARCHITECTURE = "sm_90a"
-BACKEND = "pallas_gpu"
+BACKENDS = ("pallas_gpu", "triton_gpu")
 
 H200 = """
 gpu_device_info {
@@ -76,6 +79,7 @@ class Usage:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0])
     parser.add_argument("--op", help="this op alone")
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose name contains one of these")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="this dtype alone")
@@ -100,11 +104,15 @@ def report(options: argparse.Namespace, folder: pathlib.Path) -> int:
     for op, name, fn, arguments in calls(options):
         for dtype in (options.dtype,) if options.dtype else ("bfloat16", "float32"):
             try:
-                compile_for_h200(jax.jit(fn), arguments(dtype))
+                if options.backend == "triton_gpu":
+                    found = triton_usages(fn, arguments(dtype), folder)
+                else:
+                    compile_for_h200(jax.jit(fn), arguments(dtype))
+                    found = usages(folder)
             except NotImplementedError as error:
                 print(f"{op} {name}, {dtype}: {str(error).splitlines()[0]}", file=sys.stderr)
                 continue
-            for use in usages(folder):
+            for use in found:
                 spilling += use.spill_stores > 0
                 spills = f"{use.spill_stores}/{use.spill_loads}"
                 numbers = (use.warps, use.registers, spills, use.shared, use.products)
@@ -122,7 +130,7 @@ def calls(options: argparse.Namespace) -> Iterator[tuple[str, str, Any, Any]]:
     from mlt_kernels.testing import value_and_grads
 
     for op in (options.op,) if options.op else dispatch.ops():
-        if BACKEND not in dispatch.backends(op):
+        if options.backend not in dispatch.backends(op):
             continue
         module = importlib.import_module(f"mlt_kernels.{op}.cases")
         more = {name: module.Case(**fields) for name, fields in MORE.get(op, {}).items()}
@@ -137,7 +145,7 @@ def calls(options: argparse.Namespace) -> Iterator[tuple[str, str, Any, Any]]:
 
             def fn(arrays: dict[str, Any], static: dict[str, Any] = static, op: str = op) -> Any:
                 def run(**given: Any) -> Any:
-                    return getattr(mlt_kernels, op)(**given, **static, implementation=BACKEND)
+                    return getattr(mlt_kernels, op)(**given, **static, implementation=options.backend)
 
                 return value_and_grads(run, arrays)
 
@@ -183,7 +191,57 @@ def usages(folder: pathlib.Path) -> list[Usage]:
     return sorted(found, key=lambda use: use.kernel)
 
 
+TRITON_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32"}
+
+
+def triton_usages(fn: Any, arrays: dict[str, Any], folder: pathlib.Path) -> list[Usage]:
+    """Finds the kernels that `fn` calls through jax-triton and compiles each of them with Triton alone."""
+    import jax
+    from mlt_kernels import dispatch
+
+    with dispatch.target_platform("gpu"):
+        jaxpr = jax.make_jaxpr(fn)(arrays).jaxpr
+    os.environ["TRITON_CACHE_DIR"] = str(folder)  # jax-triton empties it, and Triton cannot do without
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    found: dict[str, Usage] = {}
+    for call in triton_calls(jaxpr):
+        kernel, warps = call.params["fn"], call.params["num_warps"]
+        types = ["*" + TRITON_TYPES[x.aval.dtype.name] for x in call.invars]
+        for place, kind, _ in call.params["scalar_args"]:
+            types.insert(place, kind)
+        types += ["*" + TRITON_TYPES[x.aval.dtype.name] for x in call.outvars]
+        options = {name: value for name, value in call.params.items() if name in kernel.arg_names}
+        signature = dict(zip(kernel.arg_names, types, strict=False)) | dict.fromkeys(options, "constexpr")
+        aligned = {(n,): [["tt.divisibility", 16]] for n, kind in enumerate(types) if kind[0] == "*"}
+        source = ASTSource(kernel, signature=signature, constexprs=options, attrs=aligned)
+        sizes = {"num_warps": warps, "num_stages": call.params["num_stages"]}
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=sizes)
+        path = folder / f"{kernel.__name__}.ptx"
+        path.write_text(compiled.asm["ptx"])
+        found[kernel.__name__] = read_ptxas(path, kernel.__name__, str(32 * warps), str(compiled.metadata.shared))
+    return [found[name] for name in sorted(found)]
+
+
+def triton_calls(jaxpr: Any) -> Iterator[Any]:
+    """The equations of a jaxpr, inner ones included, that call jax-triton."""
+    import jax
+
+    def is_jaxpr(x: Any) -> bool:
+        return hasattr(getattr(x, "jaxpr", x), "eqns")
+
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "triton_kernel_call":
+            yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(inner):
+                yield from triton_calls(getattr(inner, "jaxpr", inner))
+
+
 def read_ptxas(path: pathlib.Path, name: str, threads: str, shared: str) -> Usage:
+    """What ptxas says of one kernel of a PTX file; a block's threads and shared bytes are not in it."""
     command = ["ptxas", "-v", f"-arch={ARCHITECTURE}", str(path), "-o", os.devnull]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     text = text.split(f"Compiling entry function '{name}'")[1]
