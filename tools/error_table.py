@@ -4,7 +4,9 @@
 
 Every op, backend and case is found by its folder (`cases.py`). Each case runs as given and under hard conditions: ragged
 lengths, decays down to -60 a step, beta 0, 1 and 2, zero and repeated keys, documents of one token, a row of nothing but
-padding; in float32 and bfloat16. A value above its limit, or that is not finite, is marked `!` and the exit code is 1.
+padding, steps of a tenth; in float32 and bfloat16. A value above its limit, or that is not finite, is marked `!` and the exit
+code is 1. One that exact arithmetic would miss as well, were the inputs moved by one unit in their last place, is marked `~`
+and listed case by case with what that moves.
 With --interpret, Pallas backends run in interpret mode on any machine (slow: first case of each op, as given).
 """
 
@@ -15,6 +17,7 @@ import datetime
 import functools
 import importlib.util
 import inspect
+import itertools
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -31,6 +34,10 @@ from mlt.bench.rows import differentiable
 ROOT = pathlib.Path(__file__).parent.parent
 TYPES = (jnp.float32, jnp.bfloat16)
 LENGTHS = (1, 17, 100)
+SHAKES = 8
+AMPLIFIED = 10.0
+"""An error is the inputs' own if it is at most this many times what one unit in their last place moves: the most of SHAKES
+draws, where the worst direction is not among them and an op rounds more than its inputs."""
 RETURNS = ("return_final_state", "return_lse", "return_halo")
 
 Arrays = dict[str, Any]
@@ -46,19 +53,35 @@ class Line:
     cases: int = 0
     errors: dict[str, float] = dataclasses.field(default_factory=dict)
     where: dict[str, str] = dataclasses.field(default_factory=dict)
+    ranks: dict[str, tuple[bool, float]] = dataclasses.field(default_factory=dict)  # (unexplained, error), the worst counts
 
-    def add(self, case: str, errors: dict[str, float]) -> None:
+    def add(self, case: str, errors: dict[str, float], moved: dict[str, float]) -> None:
+        """Errors of a case; of those above the limit what `moved` explains gives way to what it does not."""
         self.cases += 1
         for name, error in errors.items():
-            if not error <= self.errors.get(name, -1.0):
-                self.errors[name], self.where[name] = error, case
+            amplified = self.limit < error <= AMPLIFIED * moved.get(name, 0.0)
+            rank = (not error <= self.limit and not amplified, np.inf if np.isnan(error) else error)
+            if rank > self.ranks.get(name, (False, -1.0)):
+                self.ranks[name], self.errors[name], self.where[name] = rank, error, case
 
     @property
     def limit(self) -> float:
         return gate.LIMITS[self.dtype]
 
     def bad(self) -> list[str]:
-        return [name for name, error in self.errors.items() if not error <= self.limit]
+        return [name for name, (unexplained, _) in self.ranks.items() if unexplained]
+
+
+@dataclasses.dataclass(frozen=True)
+class Amplified:
+    """A value of one case above its limit, and what one unit in the last place of the inputs moves it by."""
+
+    dtype: str
+    condition: str
+    case: str
+    name: str
+    errors: dict[str, float]  # by backend
+    moved: float
 
 
 @functools.cache
@@ -97,6 +120,8 @@ def conditions(module: Any, index: int, case: Any, dtype: Any) -> Iterator[tuple
     if given.get("rule") == "delta" and "beta" in given:
         for beta in (0.0, 1.0, 2.0):
             yield f"beta {beta:.0f}", given | {"beta": jnp.full_like(given["beta"], beta)}
+    if "step" in given and "memory" in given:
+        yield "steps of a tenth", given | {"step": 0.1 * given["step"]}
     k = given.get("k")
     if getattr(k, "ndim", 0) == 4:
         yield "zero keys", given | {"k": k.at[:, k.shape[1] // 3 :].set(0)}
@@ -119,10 +144,31 @@ def conditions(module: Any, index: int, case: Any, dtype: Any) -> Iterator[tuple
         yield "a row of padding", given | {"weights": given["weights"].at[0].set(0)}
 
 
-def measure(op: str, backends: list[str], *, first_only: bool) -> tuple[list[Line], dict[str, str]]:
-    """Lines of one op, and why each backend that did not run did not."""
+def shaken(arrays: Arrays, seed: int) -> Arrays:
+    """Every floating input but zeros moved to the next number of its type, up or down."""
+    rng = np.random.default_rng(seed)
+
+    def move(x: Any) -> Any:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        bits = np.array(x).view(f"int{8 * x.dtype.itemsize}")
+        steps = rng.choice([-1, 1], bits.shape).astype(bits.dtype)
+        return np.where(np.asarray(x) == 0, bits, bits + steps).view(x.dtype)
+
+    return jax.tree.map(move, arrays)
+
+
+def moved(fn: gate.Fn, wrt: tuple[str, ...], arrays: Arrays, wanted: Any, real: np.ndarray | None) -> dict[str, float]:
+    """By name, how far results in float64 move when the inputs do by one unit in their last place: the most of SHAKES draws."""
+    draws = [gate.errors(gate.float64(fn, wrt, shaken(arrays, seed), real), wanted, real) for seed in range(SHAKES)]
+    return {name: max(draw[name] for draw in draws) for name in draws[0]}
+
+
+def measure(op: str, backends: list[str], *, first_only: bool) -> tuple[list[Line], list[Amplified], dict[str, str]]:
+    """Lines of one op, what its inputs' last place decides, and why each backend that did not run did not."""
     module = importlib.import_module(f"mlt_kernels.{op}.cases")
     lines: dict[tuple[str, str, str], Line] = {}
+    amplified: list[Amplified] = []
     refused: dict[str, str] = {}
     for index, (name, case) in enumerate(list(module.TESTS.items())[: 1 if first_only else None]):
         for dtype in TYPES:
@@ -134,20 +180,27 @@ def measure(op: str, backends: list[str], *, first_only: bool) -> tuple[list[Lin
                 real = np.asarray(ids) != 0 if hasattr(ids, "shape") else None
                 wrt, fn = differentiable(arrays), function(op, fixed)
                 wanted = gate.float64(fn, wrt, arrays, real)
+                kind, limit = jnp.dtype(dtype).name, gate.LIMITS[jnp.dtype(dtype).name]
+                by_backend: dict[str, dict[str, float]] = {}
                 for backend in backends:
-                    key = (backend, jnp.dtype(dtype).name, condition.partition(" length")[0])
                     try:
-                        errors = gate.errors(gate.outcome(fn, backend, wrt, arrays, real), wanted, real)
+                        by_backend[backend] = gate.errors(gate.outcome(fn, backend, wrt, arrays, real), wanted, real)
                     except dispatch.UnsupportedError as error:
                         refused[backend] = next(iter(error.reasons.values()))
-                        continue
-                    lines.setdefault(key, Line(*key)).add(name, errors)
+                above = {n for errors in by_backend.values() for n, error in errors.items() if not error <= limit}
+                moves = moved(fn, wrt, arrays, wanted, real) if above else {}
+                for n in sorted(above):
+                    of = {backend: errors[n] for backend, errors in by_backend.items()}
+                    amplified.append(Amplified(kind, condition, name, n, of, moves[n]))
+                for backend, errors in by_backend.items():
+                    key = (backend, kind, condition.partition(" length")[0])
+                    lines.setdefault(key, Line(*key)).add(name, errors, moves)
         jax.clear_caches()
         gate.compiled.cache_clear()
-    return sorted(lines.values(), key=lambda line: (line.backend, line.dtype != "float32")), refused
+    return sorted(lines.values(), key=lambda line: (line.backend, line.dtype != "float32")), amplified, refused
 
 
-def table(op: str, lines: list[Line], refused: dict[str, str]) -> str:
+def table(op: str, lines: list[Line], amplified: list[Amplified], refused: dict[str, str]) -> str:
     """Markdown of one op."""
     names = list(dict.fromkeys(name for line in lines for name in line.errors))
     rows = [["backend", "type", "inputs", "cases", *names]]
@@ -157,15 +210,41 @@ def table(op: str, lines: list[Line], refused: dict[str, str]) -> str:
     text = f"\n## {op}\n\n"
     if lines:
         text += "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]) + "\n"
+    text += amplified_table(amplified)
     return text + "".join(f"\n`{name}` did not run: {why}\n" for name, why in refused.items())
 
 
 def _cell(line: Line, name: str) -> str:
     error = line.errors[name]
-    return f"{error:.1e}" if error <= line.limit else f"**{error:.1e} !** ({line.where[name]})"
+    if error <= line.limit:
+        return f"{error:.1e}"
+    return f"**{error:.1e} !** ({line.where[name]})" if name in line.bad() else f"{error:.1e} ~ ({line.where[name]})"
 
 
-def report(tables: list[str], command: str, bad: int) -> str:
+def amplified_table(found: list[Amplified]) -> str:
+    """Of each case with values above the limit: how many, and the one furthest beyond what the inputs' last place moves."""
+    if not found:
+        return ""
+    backends = list(found[0].errors)
+    heads = ["type", "inputs", "case", "above", "value", *backends, "inputs shaken by one ulp move it by", "error / that"]
+    rows = [heads, ["---"] * len(heads)]
+    for (dtype, condition, case), group in itertools.groupby(found, key=lambda a: (a.dtype, a.condition, a.case)):
+        values = list(group)
+        worst = max(values, key=_ratio)
+        errors = [f"{worst.errors[backend]:.1e}" for backend in backends]
+        rows.append([dtype, condition, case, str(len(values)), worst.name, *errors, f"{worst.moved:.1e}", f"{_ratio(worst):.1f}"])
+    lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    head = "Cases with values above the limit, each by the value whose error is the largest multiple of what moves it"
+    return f"\n{head}:\n\n{lines}\n"
+
+
+def _ratio(value: Amplified) -> float:
+    """The largest error above the limit over what one unit in the last place moves."""
+    above = [error for error in value.errors.values() if not error <= gate.LIMITS[value.dtype]]
+    return max(above) / value.moved if value.moved else float("inf")
+
+
+def report(tables: list[str], command: str, bad: int, above: int) -> str:
     device = jax.devices()[0]
     limits = ", ".join(f"{limit:.0e} in {name}" for name, limit in gate.LIMITS.items())
     return (
@@ -174,7 +253,10 @@ def report(tables: list[str], command: str, bad: int) -> str:
         f"Python {sys.version.split()[0]}. Command: `{command}`\n\n"
         "Each value is max |difference| / max |expected| of an array, the worst over the cases: the result `out`, the other "
         "results (states, log-sum-exp) `more`, and the gradient `d x` in every floating argument for a normal cotangent, "
-        f"against the op's reference on the same numbers in float64. Limits: {limits}. Above its limit: {bad} values.\n"
+        f"against the op's reference on the same numbers in float64. Limits: {limits}. Above its limit: {bad} values (`!`).\n\n"
+        "`~` marks a value above its limit that says more of the inputs than of the backend: in float64 the same result moves by "
+        f"at least a {AMPLIFIED:.0f}th of that when every input moves to the next number of its type (most of {SHAKES} draws). "
+        f"What is above a limit is listed case by case below its op: {above} values, all backends' counted once.\n"
     ) + "".join(tables)
 
 
@@ -193,19 +275,20 @@ def main() -> int:
     device = jax.devices()[0]
     name = (device.device_kind or device.platform).lower().replace(" ", "-") + ("-interpret" if words.interpret else "")
     command = "python tools/error_table.py" + "".join(f" {word}" for word in sys.argv[1:])
-    tables, bad = [], []
+    tables, bad, above = [], [], 0
     with mode:
         for op in words.ops or [op for op in dispatch.ops() if importlib.util.find_spec(f"mlt_kernels.{op}.cases")]:
             backends = [b for b in dispatch.selectable(op) if not words.backend or b in words.backend]
             if words.interpret:
                 backends = [b for b in backends if b.startswith("pallas")]
-            lines, refused = measure(op, backends, first_only=words.interpret)
-            tables.append(table(op, lines, refused))
+            lines, amplified, refused = measure(op, backends, first_only=words.interpret)
+            tables.append(table(op, lines, amplified, refused))
+            above += len(amplified)
             bad += [f"{op} {line.backend} {line.dtype} {line.condition}: {found}" for line in lines for found in line.bad()]
             print(tables[-1], flush=True)
             if words.out is not None:
                 words.out.mkdir(parents=True, exist_ok=True)
-                (words.out / f"{name}.md").write_text(report(tables, command, len(bad)))
+                (words.out / f"{name}.md").write_text(report(tables, command, len(bad), above))
     print("\n".join(f"above its limit: {line}" for line in bad) or "every value is within its limit")
     return bool(bad)
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from mlt_kernels import dispatch
 from mlt_kernels.testing import cast_floating, cotangents, relative_error, value_and_grads
 
 Arrays = dict[str, Any]
@@ -28,13 +29,20 @@ def compiled(fn: Fn, implementation: str, wrt: tuple[str, ...]) -> Callable[...,
     def run(arrays: Arrays, cts: Any) -> Any:
         return value_and_grads(lambda **named: fn(named, implementation=implementation), arrays, wrt=wrt, cotangent=cts)
 
-    return jax.jit(run)
+    # On a CPU LLVM's optimization of a token loop takes most of the time, and nobody waits for the reference's result.
+    plain = implementation == "reference" and dispatch.platform() == "cpu"
+    return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0} if plain else None)
+
+
+@functools.cache
+def _reference(fn: Fn) -> Any:
+    """Under `jit` only so that the shape of its result is found once for each shape of its arguments."""
+    return jax.jit(functools.partial(fn, implementation="reference"))
 
 
 def outcome(fn: Fn, implementation: str, wrt: tuple[str, ...], arrays: Arrays, real: np.ndarray | None, seed: int = 0) -> Any:
     """(result, gradients) as NumPy arrays, for seeded cotangents that are zero at padding (`real` (B, T) False)."""
-    shapes = jax.eval_shape(lambda arrays: fn(arrays, implementation="reference"), arrays)
-    cts = _at_real(cotangents(shapes, seed), real)
+    cts = _at_real(cotangents(_reference(fn).eval_shape(arrays), seed), real)
     return jax.tree.map(np.asarray, compiled(fn, implementation, wrt)(arrays, cts))
 
 

@@ -40,6 +40,16 @@ def test_values_and_gradients(backend, name, dtype, max_rel):
     assert_close(found, oracle(case), max_rel=max_rel, what=name)
 
 
+def test_sums_over_tokens_as_on_an_accelerator():
+    """The gradients of kernel and bias are summed another way where there is no CPU; the program itself is plain XLA."""
+    fn, args = split(TESTS["packed"])
+    with dispatch.target_platform("gpu"):
+        found = jax.jit(lambda args: value_and_grads(functools.partial(fn, implementation="chunked", return_halo=True), args))(
+            args
+        )
+    assert_close(found, oracle(TESTS["packed"]), max_rel=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_documents_are_isolated_to_the_bit(backend):
     for name in ("packed", "dilated"):

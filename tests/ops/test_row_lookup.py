@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mlt_kernels import testing
+from mlt_kernels import dispatch, testing
 from mlt_kernels.row_lookup import row_lookup
 from mlt_kernels.row_lookup.cases import TESTS, Case, arguments
 
@@ -81,6 +81,14 @@ def test_tokens_are_isolated_to_the_bit():
     segments = np.repeat(np.arange(1, 9), 8)[None].repeat(2, 0).astype(np.int32)
     fn = lambda weights: row_lookup(given["table"], given["indices"], weights)  # noqa: E731
     testing.check_isolation(fn, {"weights": given["weights"]}, segments, token_arguments=("weights",))
+
+
+def test_the_gradient_by_slots_as_on_an_accelerator():
+    """The table's gradient goes by slots where there is no CPU; the program itself is plain XLA."""
+    given = arguments(TESTS["odd"])
+    with dispatch.target_platform("gpu"):
+        found = evaluate("chunked", given)
+    testing.assert_close(found, oracle(given), max_rel=1e-5)
 
 
 def test_the_rows_never_exist_all_at_once():

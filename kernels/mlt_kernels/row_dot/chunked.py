@@ -13,9 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from mlt_kernels.row_lookup import row_lookup
-
-MOST_BLOCKS = 256
-ROWS_AT_ONCE = 1024
+from mlt_kernels.row_lookup.chunked import tokens_at_once
 
 
 def unsupported(**_: Any) -> str | None:
@@ -26,7 +24,7 @@ def unsupported(**_: Any) -> str | None:
 def _products(table: Array, indices: Array, x: Array) -> Array:
     wide = jnp.result_type(jnp.float32, table, x)
     T, K = indices.shape
-    C = max(1, min(T, max(ROWS_AT_ONCE // max(K, 1), -(-T // MOST_BLOCKS))))
+    C = tokens_at_once(T, K)
     J = -(-T // C)
     found_TK = (indices >= 0) & (indices < table.shape[0])
 

@@ -161,17 +161,50 @@ def test_a_record_becomes_a_line():
 def test_the_error_table_marks_what_is_wrong():
     script = tool("error_table")
     line = script.Line("chunked", "float32", "as given")
-    line.add("one", {"out": 1e-7, "d q": 3e-4})
-    line.add("two", {"out": 2e-7, "d q": float("nan")})
+    line.add("one", {"out": 1e-7, "d q": 3e-4}, {})
+    line.add("two", {"out": 2e-7, "d q": float("nan")}, {"d q": 1.0})
     assert line.bad() == ["d q"]
-    assert "nan !" in script.table("op", [line], {"pallas_gpu": "no GPU"})
-    assert "`pallas_gpu` did not run: no GPU" in script.table("op", [line], {"pallas_gpu": "no GPU"})
+    text = script.table("op", [line], [], {"pallas_gpu": "no GPU"})
+    assert "nan !" in text
+    assert "`pallas_gpu` did not run: no GPU" in text
+
+
+def test_the_error_table_tells_what_its_inputs_decide():
+    """Only what the last place of the inputs moves as much is theirs, and it hides nothing else."""
+    script = tool("error_table")
+    line = script.Line("chunked", "float32", "as given")
+    line.add("one", {"out": 4e-4}, {"out": 5e-5})
+    assert line.bad() == []
+    found = script.Amplified("float32", "as given", "one", "out", {"chunked": 4e-4, "reference": 1e-6}, 5e-5)
+    text = script.table("op", [line], [found], {})
+    assert "4.0e-04 ~ (one)" in text
+    assert "| float32 | as given | one | 1 | out | 4.0e-04 | 1.0e-06 | 5.0e-05 | 8.0 |" in text
+    line.add("two", {"out": 2e-5}, {"out": 1e-6})
+    assert line.bad() == ["out"]
+    assert "2.0e-05 !** (two)" in script.table("op", [line], [found], {})
+
+
+def test_the_error_table_moves_inputs_by_one_unit():
+    script = tool("error_table")
+    rng = np.random.default_rng(0)
+    given = {
+        "x": jnp.asarray(rng.standard_normal(50), jnp.float32).at[0].set(0),
+        "y": jnp.ones(9, jnp.bfloat16),
+        "i": jnp.arange(3),
+    }
+    moved = script.shaken(given, 0)
+    x, y = np.asarray(given["x"]), moved["x"]
+    assert y[0] == 0
+    assert set(np.where(y > x, np.nextafter(x, np.float32(np.inf)) == y, np.nextafter(x, -np.float32(np.inf)) == y)[1:]) == {True}
+    assert set(np.asarray(moved["y"], np.float32)) == {1 - 2.0**-8, 1 + 2.0**-7}
+    assert (np.asarray(moved["i"]) == np.arange(3)).all()
 
 
 def test_the_error_table_measures_an_op():
     script = tool("error_table")
-    lines, refused = script.measure("causal_conv", ["chunked"], first_only=True)
+    lines, amplified, refused = script.measure("causal_conv", ["chunked"], first_only=True)
     assert refused == {}
+    assert amplified == []
     assert {line.dtype for line in lines} == {"float32", "bfloat16"}
     assert all(set(line.errors) == {"out", "more", "d x", "d kernel"} and not line.bad() for line in lines)
 
