@@ -26,6 +26,8 @@ class RunPaths:
         self.checkpoints_path = self.path / "checkpoints"
         self.report_path = self.path / "report.html"
         self.logs_path = self.path / "logs"
+        self.clusters_path = self.path / "clusters.npz"
+        self.collisions_path = self.logs_path / "collisions.json"
         self.lock_path = self.path / "run.lock"
 
     def process_log_path(self, index: int) -> Path:

@@ -24,6 +24,7 @@ from mlt.report.console import RunConsole
 from mlt.report.sinks import open_sinks
 from mlt.train.loop import Loop
 from mlt.train.run_directory import RunDirectory
+from mlt.train.saving import Saver
 from mlt.train.setup import prepare
 from mlt.train.signals import StopRequest
 from mlt.train.state import abstract_state, create_state
@@ -55,7 +56,7 @@ def measure(config: RunConfig, rounds: int) -> tuple[list[float], list[float]]:
         directory = RunDirectory(pathlib.Path(folder) / "run")
         with directory.lock(), Checkpointer(directory.checkpoints_path, keep=1) as checkpointer:
             loop = Loop(setup, directory, RunConsole(config.train.steps), stop)
-            loop.checkpointer = checkpointer
+            loop.saver = Saver(loop.services, checkpointer)
             loop.compile_evaluation = lambda: None
             step_fn = loop.compile_step(abstract)
             state = create_state(setup.specs, setup.optimizer, setup.rules, 0)

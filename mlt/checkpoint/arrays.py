@@ -12,9 +12,10 @@ import numpy as np
 import tensorstore as ts
 
 from mlt.checkpoint.digest import part_digest, text_of
-from mlt.checkpoint.layout import CheckpointError, StepFiles, damaged
+from mlt.checkpoint.layout import CheckpointError, StepFiles, damaged, unreadable
 from mlt.checkpoint.leaves import Leaf
-from mlt.checkpoint.storage import reason_of
+from mlt.checkpoint.storage import is_passing, reason_of
+from mlt.checkpoint.stores import RETRIES
 
 PIECE_BYTES = 4 << 20
 _NODE_CACHE_BYTES = 32 << 20
@@ -39,13 +40,14 @@ class StoredArrays:
 
     def __init__(self, files: StepFiles) -> None:
         self.files = files
-        self._context = ts.Context({"cache_pool#nodes": {"total_bytes_limit": _NODE_CACHE_BYTES}})
+        self._context = ts.Context({"cache_pool#nodes": {"total_bytes_limit": _NODE_CACHE_BYTES}, **RETRIES})
 
     def open(self, name: str, leaf: Leaf) -> ts.TensorStore:
         """Open one array; nothing of its values is read.
 
         Raises:
           CheckpointError: it is not there, or of another shape or type than was recorded.
+          Unreadable: it cannot be read for now.
         """
         store = {
             "driver": "ocdbt",
@@ -107,6 +109,8 @@ class StoredArrays:
         except MemoryError:
             raise  # the machine's trouble, not the checkpoint's
         except Exception as error:
+            if is_passing(error):
+                raise unreadable(self.files.name, f"{name}: {reason_of(error)}") from error
             raise damaged(self.files.name, f"{name}: {reason_of(error)}") from error
 
 

@@ -6,11 +6,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlt.checkpoint.durable import MANIFEST, SET_ASIDE, Durable, remembered
-from mlt.checkpoint.layout import CheckpointError, Record, StepFiles, committed_steps, read_record, step_files, unfinished
+from mlt.checkpoint.layout import (
+    CheckpointError,
+    Record,
+    StepFiles,
+    Unreadable,
+    committed_steps,
+    read_record,
+    step_files,
+    unfinished,
+)
 from mlt.errors import UserError
 
 _SET_ASIDE_NAME = re.compile(r"(\d+)\.damaged(-\d+)?")
 _LEFT_OVER_NAME = re.compile(r"(\d+)\.(orbax-checkpoint-tmp|deleted).*")
+
+
+COUNTED = ("committed", "damaged", "unreadable", "newer format")
+"""States of what was committed once."""
 
 
 class Entry(NamedTuple):
@@ -19,7 +32,7 @@ class Entry(NamedTuple):
     Attributes:
       step: its number.
       level: local or durable.
-      state: committed, damaged, unfinished or set aside.
+      state: committed, damaged, unreadable, newer format, unfinished or set aside.
       size: bytes of its files.
       saved: seconds since the epoch; None where it is not known.
       files: where to read it.
@@ -84,7 +97,7 @@ class Catalog(NamedTuple):
           UserError: there is none.
           CheckpointError: it is damaged.
         """
-        entries = [entry for entry in self.entries() if entry.state in ("committed", "damaged")]
+        entries = [entry for entry in self.entries() if entry.state in COUNTED]
         chosen = [entry for entry in entries if entry.step == step] if step is not None else entries
         whole = [entry for entry in chosen if entry.state == "committed"]
         if not chosen:
@@ -184,8 +197,10 @@ def _state(files: StepFiles) -> tuple[str, str]:
     try:
         read_record(files)
         files.read("state/manifest.ocdbt")
-    except CheckpointError as error:
-        return "damaged", str(error)
+    except UserError as error:
+        if isinstance(error, Unreadable):
+            return "unreadable", str(error)
+        return "damaged" if isinstance(error, CheckpointError) else "newer format", str(error)
     except OSError as error:
         return "damaged", f"cannot read state/manifest.ocdbt: {error.strerror}"
     return "committed", ""

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlt.checkpoint.arrays import StoredArrays, altered
-from mlt.checkpoint.catalog import Catalog, Entry
+from mlt.checkpoint.catalog import COUNTED, Catalog, Entry
 from mlt.checkpoint.digest import text_of
-from mlt.checkpoint.layout import CheckpointError, Record, StepFiles, read_record
+from mlt.checkpoint.layout import Record, StepFiles, read_record
 from mlt.checkpoint.leaves import Leaf
+from mlt.errors import UserError
 
 _READERS = 4
 
@@ -62,13 +63,13 @@ def verify(catalog: Catalog) -> list[tuple[Entry, str]]:
     """
     checked = []
     for entry in catalog.entries():
-        if entry.state in ("committed", "damaged"):
+        if entry.state in COUNTED:
             try:
                 if entry.level == "durable" and catalog.durable is not None:
                     catalog.durable.check_files(entry.step)
                 _verify_arrays(entry.files)
                 checked.append((entry, ""))
-            except CheckpointError as error:
+            except UserError as error:
                 checked.append((entry, str(error)))
     return checked
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlt.checkpoint.leaves import Leaf, from_json, to_json
+from mlt.checkpoint.storage import is_passing, reason_of
 from mlt.errors import UserError
 
 LOGGER = logging.getLogger("mlt.checkpoint")
@@ -30,6 +31,10 @@ _DELETED_MARK = ".deleted"
 
 class CheckpointError(UserError):
     """A checkpoint could not be written, or what is on the disk cannot be read back."""
+
+
+class Unreadable(CheckpointError):
+    """What is there cannot be read for now: no rights, no network. It is no damage, and nothing is set aside for it."""
 
 
 class StepFiles(NamedTuple):
@@ -88,6 +93,11 @@ def unfinished(directory: str | Path) -> list[Path]:
     return halves + [path for path in _list(directory) if path.name.endswith(_UNFINISHED_MARK)]
 
 
+def damaged_steps(directory: str | Path) -> list[Path]:
+    """List the step directories that were set aside because they are damaged."""
+    return [path for path in _list(Path(directory)) if ".damaged" in path.name]
+
+
 def set_aside(path: Path) -> Path:
     """Rename a damaged step directory so that its step can be saved again; nothing is deleted."""
     target, count = path.with_name(f"{path.name}.damaged"), 1
@@ -134,14 +144,18 @@ def read_record(place: Path | StepFiles) -> Record:
 
     Raises:
       CheckpointError: a file is missing, unreadable or altered.
+      UserError: a newer version of mlt wrote it.
     """
     files = place if isinstance(place, StepFiles) else step_files(place)
     body, data = _read_json(files, f"meta/{_JSON_FILE}"), _read_json(files, f"data/{_JSON_FILE}")
-    if body.get("format") != _FORMAT:
-        raise CheckpointError(
-            f"checkpoint {files.name} has format {body.get('format')!r}; this version of mlt reads format {_FORMAT}: "
-            "use the version that wrote it (its `versions` are in meta/metadata)"
+    written = body.get("format")
+    if isinstance(written, int) and written > _FORMAT:
+        raise UserError(  # no damage, and so no reason to set it aside
+            f"checkpoint {files.name} has format {written}, and this version of mlt reads format {_FORMAT}: it was written by a "
+            "newer one; go on with that, or in a new run directory"
         )
+    if written != _FORMAT:
+        raise damaged(files.name, f"meta/{_JSON_FILE} names the format {written!r}, not {_FORMAT}")
     for name, content, expected in (
         ("meta", {key: body[key] for key in body if key != "crc32"}, body.get("crc32")),
         ("data", data, body.get("data_crc32")),
@@ -156,6 +170,14 @@ def damaged(name: str, reason: str) -> CheckpointError:
     return CheckpointError(
         f"checkpoint {name} is damaged: {reason}. A resume takes the newest whole step instead; `mlt checkpoint verify` "
         "on its directory shows which those are"
+    )
+
+
+def unreadable(name: str, reason: str) -> Unreadable:
+    """Make the error of a step that cannot be read for now."""
+    return Unreadable(
+        f"checkpoint {name} cannot be read: {reason}. This is no damage, so no older step is taken: make it readable and give "
+        "the same command again, or move the step out of its directory"
     )
 
 
@@ -196,7 +218,9 @@ def _list(directory: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise CheckpointError(f"cannot list the checkpoints in {directory}: {error.strerror}") from error
+        raise CheckpointError(
+            f"cannot list the checkpoints in {directory}: {error.strerror}; make it a directory that can be read, or move it away"
+        ) from error
 
 
 def _step_directories(directory: Path) -> list[Path]:
@@ -215,6 +239,8 @@ def _read_json(files: StepFiles, name: str) -> dict[str, Any]:
     try:
         content = json.loads(files.read(name))
     except (OSError, ValueError) as error:
+        if is_passing(error):
+            raise unreadable(files.name, f"{name}: {reason_of(error)}") from error
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise damaged(files.name, f"cannot read {name}: {reason}") from error
     if not isinstance(content, dict):

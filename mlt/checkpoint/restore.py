@@ -15,7 +15,9 @@ from mlt.checkpoint.layout import (
     LOGGER,
     CheckpointError,
     StepFiles,
+    Unreadable,
     committed_steps,
+    damaged_steps,
     read_record,
     require_step,
     step_files,
@@ -26,7 +28,8 @@ from mlt.checkpoint.leaves import Leaf, difference, flatten, is_key, table
 from mlt.checkpoint.place import place_arrays, stored_form
 from mlt.errors import UserError
 
-_CASTS = ("float32", "bfloat16", "float16")
+CASTS = ("float32", "bfloat16", "float16")
+"""Types that an array may be restored in."""
 
 
 class Restored(NamedTuple):
@@ -105,6 +108,7 @@ def restore_latest(
       UserError: the saved tree differs from the target.
       CheckpointError: there are committed steps and every one of them is damaged, or there is no local step and the
         durable place cannot be read.
+      Unreadable: the newest step cannot be read for now; going on from an older one would lose steps.
     """
     directory = Path(directory)
     tried: list[tuple[int, int]] = []
@@ -121,6 +125,8 @@ def restore_latest(
         try:
             return _restore_step(files, target, subtree, dtypes or {})
         except CheckpointError as error:
+            if not _everywhere(not isinstance(error, Unreadable)):
+                raise
             LOGGER.warning("%s", error)
         tried.append((step, local))
         if on_damage is not None:
@@ -128,9 +134,11 @@ def restore_latest(
     if tried:
         also = f" and {durable.url}" if durable is not None else ""
         steps = ", ".join(str(step) for step in dict.fromkeys(step for step, _ in tried))
+        aside = "were set aside and not deleted" if on_damage is not None else "are left as they are"
+        again = "; the same command once more begins again from step 0" if on_damage is not None else ""
         raise CheckpointError(
-            f"none of the checkpoints in {directory}{also} can be read: steps {steps} are damaged (see the warnings above); "
-            "restore the files from a copy, or start again in a new run directory"
+            f"none of the checkpoints in {directory}{also} can be read: steps {steps} are damaged (see the warnings above), and "
+            f"{aside}. Put a copy of one of them back under its number{again}"
         )
     return None
 
@@ -174,15 +182,15 @@ def _asked_type(name: str, dtypes: Mapping[str, str]) -> str | None:
     if not fitting:
         return None
     asked = dtypes[max(fitting, key=len)]
-    if asked not in _CASTS:
-        raise UserError(f"cannot restore {max(fitting, key=len) or 'a state'} as {asked!r}; choose one of {', '.join(_CASTS)}")
+    if asked not in CASTS:
+        raise UserError(f"cannot restore {max(fitting, key=len) or 'a state'} as {asked!r}; choose one of {', '.join(CASTS)}")
     return asked
 
 
 def _check_fit(files: StepFiles, saved: dict[str, Leaf], wanted: dict[str, Any], dtypes: Mapping[str, str]) -> None:
     rows = table(wanted)
     for name, row in rows.items():
-        if _asked_type(name, dtypes) == row.dtype and name in saved and saved[name].dtype in (*_CASTS, "float64"):
+        if _asked_type(name, dtypes) == row.dtype and name in saved and saved[name].dtype in (*CASTS, "float64"):
             rows[name] = row._replace(dtype=saved[name].dtype)
     lines = difference(saved, rows)
     if lines:
@@ -205,9 +213,10 @@ def _find(directory: Path, step: int | None) -> StepFiles:
             durable = None
     chosen, far_away = _from_first_process((newest if step is None else step, int(durable is not None)))
     if chosen < 0:
-        raise CheckpointError(
-            f"there is no committed checkpoint in {directory}; has the run saved one yet? (checkpoint.every_steps in its config)"
-        )
+        aside = ", ".join(path.name for path in damaged_steps(directory))
+        early = "has the run saved one yet? (checkpoint.every_steps in its config)"
+        why = f"these were damaged and set aside: {aside}" if aside else early
+        raise CheckpointError(f"there is no committed checkpoint in {directory}; {why}")
     if far_away:
         durable = durable or remembered(directory)
         if durable is not None:

@@ -74,7 +74,7 @@ def verify_text(place: str, level: str | None = None) -> tuple[str, bool]:
     catalog: Catalog = open_catalog(place).only(level)
     found = verify(catalog)
     if not found:
-        return f"no committed checkpoints in {catalog.describe()}", True
+        return f"nothing to verify: no committed checkpoints in {catalog.describe()}", False
     table = _table(("step", "right"), ("level", "left"), ("result", "left"), ("size", "right"), ("path", "left"))
     for entry, problem in found:
         table.add_row(f"{entry.step:,}", entry.level, "damaged" if problem else "whole", _size(entry.size), entry.files.name)

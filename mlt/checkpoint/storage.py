@@ -1,9 +1,14 @@
 """What the storage library (Orbax on TensorStore) prints and leaves behind, kept off the terminal."""
 
+import errno
 import logging
-import sys
-from collections.abc import Callable
-from typing import Any
+import os
+import re
+
+_OS_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")
+_PASSING = {getattr(errno, name) for name in ("EACCES", "EPERM", "EAGAIN", "EMFILE", "ENFILE", "ENOMEM", "ESTALE", "ETIMEDOUT")}
+_PASSING_STATUS = ("ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE")
+_FILE = re.compile(r'"(/[^"]*)"')
 
 
 class _NotOrbax(logging.Filter):
@@ -21,33 +26,25 @@ def silence_orbax() -> None:
 
 
 def reason_of(error: BaseException) -> str:
-    """Give the first line of what a storage error began with, without the dump of its specification."""
+    """Give what a storage error began with in one line: the system's words and the file, where it has them."""
     while error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
     text = str(error) or type(error).__name__
     for tail in (" [tensorstore_spec", ". See full TensorStore details", "\n"):
         text = text.split(tail, 1)[0]
-    return text
+    number, files = _OS_ERROR.search(text), _FILE.findall(text)
+    if number is None:
+        return text
+    return os.strerror(int(number[1])) + (f": {files[-1]}" if files else "")
 
 
-def ignore_abandoned_reads() -> None:
-    """Keep Python from reporting the reads that a failed restore leaves unfinished, one traceback for each.
-
-    They end in other threads at some later time, so the report is filtered from now on, and only theirs.
-    """
-    if not isinstance(sys.unraisablehook, _NotAbandoned):
-        sys.unraisablehook = _NotAbandoned(sys.unraisablehook)
-
-
-class _NotAbandoned:
-    """Passes on every unraisable exception but those of reads that lost their event loop."""
-
-    def __init__(self, report: Callable[[Any], object]) -> None:
-        self._report = report
-
-    def __call__(self, unraisable: Any) -> None:
-        code = getattr(unraisable.object, "cr_code", None)
-        of_storage = code is not None and "/orbax/" in code.co_filename.replace("\\", "/")
-        lost_loop = unraisable.object is None and str(unraisable.exc_value) == "Event loop is closed"
-        if not (of_storage or lost_loop):
-            self._report(unraisable)
+def is_passing(error: BaseException) -> bool:
+    """Whether a read failed for something that is not the files' fault: no rights, no network, too many open files."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error)
+    number = _OS_ERROR.search(text)
+    code = error.errno if isinstance(error, OSError) else int(number[1]) if number else None
+    return code in _PASSING or text.startswith(_PASSING_STATUS)

@@ -4,6 +4,7 @@ A path is used through the file system, in pieces; a URL (gs://, s3://, or whate
 TensorStore, a file at a time.
 """
 
+import errno
 import os
 import shutil
 import zlib
@@ -13,7 +14,13 @@ from typing import Any, NamedTuple, Protocol
 
 import tensorstore as ts
 
+from mlt.checkpoint.storage import is_passing
+
 _PIECE_BYTES = 8 << 20
+
+_TRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "8s"}
+RETRIES = {"s3_request_retries": _TRIES, "gcs_request_retries": _TRIES}
+"""Context of TensorStore: half a minute for a store that does not answer. Its own patience is a quarter of an hour, silently."""
 
 
 class StoredFile(NamedTuple):
@@ -79,8 +86,9 @@ class Folder:
 
     def names(self) -> list[str]:
         if not self.path.is_dir():
-            if self.path.exists():
-                raise NotADirectoryError(20, "it is not a directory", str(self.path))
+            above = next(path for path in (self.path, *self.path.parents) if path.exists())
+            if not above.is_dir():
+                raise NotADirectoryError(20, f"{above} is not a directory", str(self.path))
             return []
         self._seen = True
         found = []
@@ -131,7 +139,10 @@ class Folder:
 
 
 class ObjectStore:
-    """A URL, through TensorStore. A write holds one file in memory."""
+    """A URL, through TensorStore. A write holds one file in memory.
+
+    An S3 store that is not Amazon's is named by AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, as for Amazon's own tools.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -170,7 +181,7 @@ class ObjectStore:
     @property
     def _kv(self) -> ts.KvStore:
         if self._open is None:
-            self._open = ts.KvStore.open(f"{self.url}/").result()
+            self._open = ts.KvStore.open(_specification(self.url), context=ts.Context(RETRIES)).result()
         return self._open
 
     def _call(self, do: Callable[[], Any]) -> Any:
@@ -179,7 +190,18 @@ class ObjectStore:
         except OSError:
             raise
         except Exception as error:  # TensorStore raises ValueError for whatever a store answers
-            raise OSError(5, str(error).split(" [", 1)[0].split("\n", 1)[0], self.url) from error
+            code = errno.EAGAIN if is_passing(error) else errno.EIO
+            raise OSError(code, str(error).split(" [", 1)[0].split("\n", 1)[0], self.url) from error
+
+
+def _specification(url: str) -> str | dict[str, Any]:
+    """What TensorStore opens for a URL."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint is None or not url.startswith("s3://"):
+        return f"{url}/"
+    bucket, _, path = url.removeprefix("s3://").partition("/")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    return {"driver": "s3", "bucket": bucket, "path": f"{path}/", "endpoint": endpoint.rstrip("/"), "aws_region": region}
 
 
 def _sum_pieces(file: Any, also: Callable[[bytes], Any] | None = None) -> StoredFile:

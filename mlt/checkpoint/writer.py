@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 
 from mlt.checkpoint.arrays import PIECE_BYTES
 from mlt.checkpoint.digest import in_host_memory
+from mlt.checkpoint.patient import PatientArrays
 from mlt.checkpoint.storage import silence_orbax
 
 
@@ -19,7 +20,9 @@ class StepWriter:
         silence_orbax()
         items = ocp.handlers.DefaultCheckpointHandlerRegistry()
         # Trained floats hardly compress; trying costs as much as all the rest of a save.
-        arrays, words = ocp.PyTreeCheckpointHandler(use_compression=False), ocp.JsonCheckpointHandler()
+        types = ocp.type_handlers.create_type_handler_registry((jax.Array, PatientArrays()))
+        arrays = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=types)
+        words = ocp.JsonCheckpointHandler()
         items.add("state", ocp.args.PyTreeSave, arrays)
         for name in ("data", "meta"):
             items.add(name, ocp.args.JsonSave, words)

@@ -9,7 +9,7 @@ from mlt.config import fields
 from mlt.config.base import Config, FrozenMap
 from mlt.config.build import build, implied_class
 from mlt.config.classes import UnknownClass, class_name
-from mlt.config.exempt import ROOT, exemption, without_exempt
+from mlt.config.exempt import ASKED, ROOT, asked, exemption, without_exempt
 from mlt.config.problems import ABSENT, ConfigError, Problem, at, shorten
 
 
@@ -117,12 +117,15 @@ def diff(old: Config | Mapping[str, Any], new: Config | Mapping[str, Any]) -> li
 
 def binding_changes(old: Config, new: Config) -> list[str]:
     """The lines of `diff` that forbid to resume a run of the config `old` with `new`."""
-    return [_line(*found) for found in _differences(old, new) if exemption(found[0]) is None]
+    plain = _side(new)
+    found = [one for one in _differences(old, new) if exemption(one[0]) is None and asked(one[0], plain) is None]
+    return [_line(*one) + (f" (accepted with {ASKED[one[0]][0]}=true)" if one[0] in ASKED else "") for one in found]
 
 
 def allowed_changes(old: Config, new: Config) -> list[str]:
     """The lines of `diff` that do not forbid it, each with what it is about."""
-    return [f"{_line(*found)} ({why})" for found in _differences(old, new) if (why := exemption(found[0])) is not None]
+    plain, found = _side(new), _differences(old, new)
+    return [f"{_line(*one)} ({why})" for one in found if (why := exemption(one[0]) or asked(one[0], plain)) is not None]
 
 
 def _differences(old: Config | Mapping[str, Any], new: Config | Mapping[str, Any]) -> list[Difference]:

@@ -38,6 +38,22 @@ JUDGED: Mapping[str, str] = {
 }
 """Judged by what owns it once the saved position is known: the loader refuses what would change a row already read."""
 
+ASKED: Mapping[str, tuple[str, str]] = {
+    "train.compute_dtype": ("checkpoint.change_dtype", "the type of activations and matrix products"),
+}
+"""Changes numbers: only where the config at hand asks for it, by the field that is named first."""
+
+
+def asked(path: str, plain: Mapping[str, Any]) -> str | None:
+    """Why the value at a path may change on resume although numbers change: the plain config at hand asks for it."""
+    if path not in ASKED:
+        return None
+    field, reason = ASKED[path]
+    value: Any = plain
+    for name in field.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return f"{reason}; asked for by {field}" if value is True else None
+
 
 def exemption(path: str) -> str | None:
     """Why the value at a path may change on resume, in words for the log; None where it may not."""

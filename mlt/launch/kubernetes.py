@@ -1,6 +1,7 @@
 """A JobSet: pods of one indexed Job that are started together, and again together, by the codes they end with.
 
-Needs Kubernetes 1.31 and JobSet 0.10 or newer. The manifest holds the resolved config; the image holds the code.
+Needs Kubernetes 1.31 and JobSet 0.10.1 or newer (the chart of 0.10.0 lacks onJobFailureMessagePatterns). The manifest holds the
+resolved config; the image holds the code.
 """
 
 import re
@@ -107,7 +108,8 @@ class Kubernetes(LaunchSpec):
         if done.returncode:
             raise UserError(
                 f"kubectl refuses the job: {done.stderr.strip()}\nif it is there from an earlier launch, delete that first "
-                f"(its checkpoints stay): kubectl delete{space} jobset/{job.name} configmap/{job.name}-config"
+                f"(its checkpoints stay): kubectl delete{space} jobset/{job.name} configmap/{job.name}-config\n"
+                "where no cluster is reached (kubectl cluster-info), print the manifest with --dry-run and create it elsewhere"
             )
         say(
             f"{done.stdout.strip()}\n"

@@ -107,7 +107,10 @@ class Slurm(RestartingSpec):
         except FileNotFoundError:
             raise UserError(f"there is no sbatch here; submit {script} on a machine that has it, with: sbatch {script}") from None
         if done.returncode:
-            raise UserError(f"sbatch refuses {script}: {done.stderr.strip()}")
+            raise UserError(
+                f"sbatch refuses {script}: {done.stderr.strip()}\ncorrect the site file (partition, account, time limit); where "
+                f"SLURM cannot be reached from here, submit it on a machine of the cluster: sbatch {script}"
+            )
         number = done.stdout.strip().partition(";")[0]
         say(
             f"job {number}: {job.paths.path}/job-{number}.log\n"

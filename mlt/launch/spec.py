@@ -157,9 +157,10 @@ def load_site(path: Path) -> LaunchSpec:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}; --on takes a site file such as launch/slurm.toml") from error
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"{path} cannot be read: {reason}; --on takes a site file such as launch/slurm.toml") from error
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: no valid TOML: {error}") from None
+        raise UserError(f"{path}: no valid TOML: {error}; correct it (launch/slurm.toml is an example)") from None
     if "class" not in data:
         ways = 'write class = "mlt.launch.local.Local", "mlt.launch.slurm.Slurm" or "mlt.launch.kubernetes.Kubernetes"'
         raise ConfigError([Problem("class", ABSENT, "must name the launcher", ways)], str(path))

@@ -1,52 +1,45 @@
 """The training loop: feed, step, log, evaluate, save; resume what the run directory holds."""
 
 import collections
-import contextlib
 import functools
-import itertools
-import json
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from mlt.checkpoint.layout import CheckpointError
 from mlt.checkpoint.restore import Restored
 from mlt.config.check import check_run
-from mlt.config.dump import config_hash
 from mlt.config.run import RunConfig
 from mlt.data.loader import Loader, WaitStopped, open_loader
-from mlt.errors import Preempted, RunFailed, UserError
+from mlt.errors import Preempted
+from mlt.optim.fit import check_fits
 from mlt.parallel.devices import split_axes
 from mlt.plan.text import plan_text
 from mlt.report.console import RunConsole, open_console
-from mlt.report.sinks import open_sinks, tolerant_rows, truncate_rows
-from mlt.train.background import Task, Worker
-from mlt.train.checkpoints import note_durable, open_checkpointer
+from mlt.report.sinks import open_sinks
+from mlt.train.between import evaluate, sample
+from mlt.train.checkpoints import open_checkpointer
 from mlt.train.clock import Clock
-from mlt.train.distributed import agree_on, anyone_says, first_says, joined, meet
+from mlt.train.clusters import keep_tree
+from mlt.train.collisions import write_collisions
+from mlt.train.compiling import Compiler
+from mlt.train.distributed import agree_on, joined, meet
 from mlt.train.ending import say_what_next, start_facts
 from mlt.train.evaluate import Evaluator
-from mlt.train.goodput import Goodput
-from mlt.train.logbook import Logbook
 from mlt.train.peers import ALONE, Alone
 from mlt.train.processes import Processes
-from mlt.train.repeat import copied, differences
+from mlt.train.repeat import step_twice
+from mlt.train.rolling_back import roll_back
 from mlt.train.run_config import check_config, keep_config
 from mlt.train.run_directory import RunDirectory
-from mlt.train.sample import draw_text, sampled_steps
+from mlt.train.saving import Saver, restore_newest
+from mlt.train.services import open_services
 from mlt.train.setup import Setup, prepare
 from mlt.train.signals import StopRequest
-from mlt.train.skips import Course, Flight, RollBack, SkipWatch, way_back
-from mlt.train.state import TrainState, abstract_batch, abstract_state, create_state
-from mlt.train.step import jit_train_step
-from mlt.train.throughput import program_bytes
-from mlt.train.watchdog import Watchdog
+from mlt.train.skips import Course, Flight, RollBack
+from mlt.train.state import TrainState, abstract_state
 
 STEPS_IN_FLIGHT = 2
-SAVE_RETRY_SECONDS = (2.0, 8.0)  # between attempts at the last save of a process
-_POLL_SECONDS = 0.1  # how often a wait looks for a request to stop
 
 
 def train(config: RunConfig, run_dir: Path, processes: Processes | None = None) -> None:
@@ -85,53 +78,41 @@ def train(config: RunConfig, run_dir: Path, processes: Processes | None = None) 
                 loop.run()
 
 
-class _StoppedEarly(Exception):
-    """An evaluation was given up because the run is to stop."""
-
-
 class Loop:
     """One process's part in a run."""
 
     def __init__(self, setup: Setup, directory: RunDirectory, console: RunConsole, stop: StopRequest, peers: Alone = ALONE):
-        self.setup, self.config = setup, setup.config
-        self.directory, self.console, self.stop, self.peers = directory, console, stop, peers
+        self.setup, self.config, self.directory = setup, setup.config, directory
+        self.console, self.peers = console, peers
         self.evaluator = Evaluator(setup)
         self.feed = self.evaluator.feed
-        train = self.config.train
-        self.watchdog = Watchdog(train.hang_timeout_seconds, directory.stacks_path(peers.index), tell=peers.leave)
-        self.stopping: str | None = None
+        self.tables = self.evaluator.tables = setup.host_tables()
+        self.services = open_services(setup, directory, console, stop, peers)
+        self.stopping, self.watchdog, self.skips = self.services.stopping, self.services.watchdog, self.services.skips
+        self.goodput, self.book = self.services.goodput, self.services.book
         self.course = Course(from_seed=True)
-        self._points, self._saving = itertools.count(), False
-        self._compiling = Worker("mlt-compile")
-        # The others have the same numbers.
-        rows = tolerant_rows if peers.index == 0 else lambda path: lambda row: None
-        goodput_path, skipped_path = directory.logs_path / "goodput.jsonl", directory.logs_path / "skipped.jsonl"
-        self.goodput = Goodput(goodput_path, write=rows(goodput_path))
-        self.book = Logbook(setup, console, self.goodput)
-        self.skips = SkipWatch(
-            train.guard,
-            write=rows(skipped_path),
-            say=console.say,
-            advice=f"The checkpoints in {directory.checkpoints_path} are from before; {skipped_path} says what was skipped. "
-            "Lower optimizer.learning_rate or train.clip_norm, or look at those documents, and start a new run",
-        )
+        self._compiler = Compiler(self.services)
 
     def run(self) -> None:
         abstract = abstract_state(self.setup.specs, self.setup.optimizer, self.setup.rules)
-        plan = plan_text(self.config, self.setup.specs)
+        check_fits(abstract, self.setup.specs, self.setup.rules)
+        plan = plan_text(self.config, self.setup.whole_specs)
         for line in keep_config(self.directory, self.config):
             self.console.say(f"config: {line}")
+        keep_tree(self.directory.clusters_path, self.config, self.setup.corpus, write=self.peers.index == 0)
         if self.peers.index == 0:
             with self.book.tolerating("the plan"):
                 self.directory.plan_path.write_text(plan)
+            with self.book.tolerating("the collision statistics"):
+                write_collisions(self.directory.collisions_path, self.setup)
         self.console.say(plan)
         mesh = self.setup.rules.mesh
         if self.peers.count > 1 and isinstance(mesh, jax.sharding.Mesh):
             crossing = ", ".join(split_axes(mesh.devices, mesh.axis_names))
             self.console.say(f"processes    {self.peers.count}; between machines: {crossing}")
         with open_checkpointer(self.config.checkpoint, self.directory) as checkpointer:
-            self.checkpointer = checkpointer
-            self._train(self._restore(abstract), abstract)
+            self.checkpointer, self.saver = checkpointer, Saver(self.services, checkpointer)
+            self._train(restore_newest(self.services, checkpointer, self.tables.whole_abstract(abstract)), abstract)
 
     def _train(self, restored: Restored | None, abstract: TrainState) -> None:
         steps = self.config.train.steps
@@ -149,31 +130,29 @@ class Loop:
             sinks.start(start_facts(self.setup, first, self.peers.count))
             self.goodput.start(first)
             step_fn = self.compile_step(abstract)
-            compile_evaluation = functools.partial(self.evaluator.compile, abstract.model)
-            self.compile_evaluation = functools.cache(lambda: self._compiling.do(compile_evaluation))
-            if restored is None:
-                state = create_state(self.setup.specs, self.setup.optimizer, self.setup.rules, self.config.train.seed)
-            else:
-                state = restored.state
+            self.compile_evaluation = functools.cache(lambda: self._compiler.evaluation(self.evaluator, abstract))
+            state = self.tables.begin(self.setup.fresh_state() if restored is None else restored.state)
             # A new run has read no data yet, nor has an imported model.
             position = None if restored is None else restored.data or None
-            self._pass_point()
-            if self.stopping is not None or (due and not self._evaluate(first, state)):
-                raise self._preempted(f"before step {first + 1}, with nothing to save")
+            self.stopping.pass_point()
+            if self.stopping.name is not None or (due and not self._evaluate(first, state)):
+                raise self.stopping.preempted(f"before step {first + 1}, with nothing to save")
             self._finish(self._to_the_end(step_fn, abstract, state, first, position))
 
     def _to_the_end(self, step_fn: Any, abstract: TrainState, state: TrainState, first: int, position: Any) -> TrainState:
         """All steps that are left, with as many rollbacks as it takes."""
         while True:
-            # With several processes a request waits for the batch: the others may be in the step that needs it.
-            stop = (lambda: self.stop.name) if self.peers.count == 1 else None
-            loader = open_loader(self.config.data, self.setup.corpus, state=position, places=self.feed.places, stop=stop)
+            options = {"places": self.feed.places, "stop": self.stopping.while_loading, "extend": self.setup.hashes}
+            loader = open_loader(self.config.data, self.setup.corpus, state=position, **options)
             try:
                 return self.steps(step_fn, state, first, self.config.train.steps, loader)
             except RollBack as rollback:
                 asked = rollback.with_traceback(None)  # whose frames hold the state
             del state
-            state, first, position = self._roll_back(asked, abstract)
+            whole = self.tables.whole_abstract(abstract)
+            back = roll_back(asked, self.course, self.services, self.checkpointer, whole, self.sinks)
+            (state, first, self.course), position = back, asked.position
+            state = self.tables.begin(state)
 
     def steps(self, step_fn: Any, state: TrainState, first: int, last: int, loader: Loader) -> TrainState:
         """Steps first + 1 to last with everything around them.
@@ -198,12 +177,14 @@ class Loop:
                         with self.goodput.during("data"):
                             batch = next(loader)
                     except WaitStopped:
-                        self.stopping = self.stop.name
+                        self.stopping.heed()
                         self._settle_all(in_flight, pending, clock)
                         self._leave(step - 1, state, position, save=step - 1 > first)
                     clock.waited(loader.last_wait_seconds)
                     before, position = position, loader.state()
-                    state, metrics = self._step(step, step_fn, state, self.feed(batch))
+                    state, fed = self.tables.enter(state, batch)
+                    state, metrics = self._step(step, step_fn, state, self.feed(fed))
+                    self.tables.leave(state)
                     # The device works on this step while the host logs the one before.
                     if pending is not None:
                         self.book.log(pending, clock, self.sinks)
@@ -215,20 +196,20 @@ class Loop:
                         self._settle(in_flight.popleft())
                     if step % config.log.every_steps == 0 or step in (1, steps):
                         pending = in_flight[-1]
-                    self._pass_point()
+                    self.stopping.pass_point()
                     pausing = step % config.evaluation.every_steps == 0 or step == steps
                     saving = step % config.checkpoint.every_steps == 0
-                    if not (pausing or saving or self.stopping is not None):
+                    if not (pausing or saving or self.stopping.name is not None):
                         continue
                     self._settle_all(in_flight, pending, clock)
                     pending = None
                     # Evaluated before it is saved: a kill in between repeats both, one after it loses neither.
                     due = pausing and not self._evaluate(step, state)
-                    if self.stopping is not None and (step < steps or due):
+                    if self.stopping.name is not None and (step < steps or due):
                         self._leave(step, state, position, due=due)
                     # Within a row of skipped steps there is nothing new to save, and the way back is to stay open.
                     if step == steps or (saving and not self.skips.in_a_row):
-                        self._persist(step, state, position)
+                        self.saver.persist(step, self.tables.whole(state), position, self.course)
                     clock.reset(step)
         finally:
             self.console.stop()
@@ -240,140 +221,11 @@ class Loop:
         every = self.config.train.check_every_steps
         if every is None or step % every:
             return step_fn(state, batch)
-        with self.goodput.during("check"):
-            again = step_fn(copied(state), batch)
-        result = step_fn(state, batch)
-        with self.goodput.during("check"):
-            lines = differences(result, again)
-            if anyone_says(bool(lines)):
-                where = "; ".join(lines) or "on another process, see its output"
-                raise RunFailed(
-                    f"step {step} gave two results from one state and batch: {where}. Either a device computes wrongly or "
-                    f"this program is not deterministic on it. The checkpoints in {self.directory.checkpoints_path} are from "
-                    "before: go on from them on other machines, and test this one (on a GPU, rule the program out with "
-                    "XLA_FLAGS=--xla_gpu_deterministic_ops=true)"
-                )
-        self.console.say(f"step {step} was done twice: bit for bit the same")
-        return result
+        return step_twice(step, step_fn, state, batch, self.services)
 
     def compile_step(self, abstract: TrainState) -> Any:
         """The compiled step. It takes exactly these shapes: a recompile is an error, not a delay."""
-        started = time.perf_counter()
-        self.console.say("compiling the train step ...")
-        self.watchdog.progress("the compilation of the train step")
-        data = self.config.data
-        batch = abstract_batch(self.setup.rules, data.batch_size, data.sequence_length)
-        step = jit_train_step(abstract, self.setup.optimizer, self.setup.options)
-        with self.goodput.during("compile"):
-            task = self._compiling.do(lambda: step.lower(abstract, batch).compile())
-            while not task.wait(_POLL_SECONDS):
-                self.stopping = self.peers.stop_before_start(self.stop.name)
-                if self.stopping is not None:
-                    raise self._preempted("while the train step was compiled, with nothing to save")
-            compiled = task.result()
-        self.book.program_bytes = program_bytes(compiled)
-        self.console.say(f"compiled in {time.perf_counter() - started:.1f} s")
-        return compiled
-
-    def _restore(self, abstract: TrainState) -> Restored | None:
-        """The newest whole checkpoint, if there is one."""
-        restored = self.checkpointer.restore_latest(abstract)
-        if restored is None:
-            return None
-        digest, saved = config_hash(self.config), restored.meta["config_hash"]
-        if saved != digest:
-            raise UserError(
-                f"{restored.source} was saved by a run of config {saved}, this one is {digest}; give the config of that run, or "
-                "another --run-dir (the folder below checkpoint.durable_path has its name)"
-            )
-        where = self.directory.checkpoints_path
-        if Path(restored.source).parent != where.absolute():
-            where = f"{restored.source}, the durable copy: {where} has nothing as new that is whole"
-        self.console.say(f"resuming after step {restored.step} from {where}")
-        return restored
-
-    def _save(self, step: int, state: TrainState, data: dict[str, Any], due: bool = False) -> None:
-        meta = {
-            "config_hash": config_hash(self.config),
-            "tokens": step * self.setup.tokens_per_step,
-            "mesh": self.config.mesh.shape(),
-            "versions": {"jax": jax.__version__},
-            "evaluation_due": due,
-            **self.course.meta(),
-        }
-        last = step == self.config.train.steps or self.stopping is not None
-        save = functools.partial(self.checkpointer.save, step, state, data=data, meta=meta, durable=last)
-        # First the outcome of the save before this one, so that its failure does not cost this one as well.
-        for call in (self.checkpointer.wait, save):
-            try:
-                call()
-            except CheckpointError as error:
-                # A full disk costs a checkpoint, not the run; the last one must be on the disk.
-                self.book.raise_alarm("checkpoint_failures")
-                self._saving = False
-                if last:
-                    raise
-                self.console.say(f"warning: {error}")
-            else:
-                if self._saving and call is not save:
-                    self.book.alarms.pop("alarm/checkpoint_failures", None)
-                self._saving = call is save
-        note_durable(self.checkpointer.durable_state, self.book.alarms)
-
-    def _persist(self, step: int, state: TrainState, data: dict[str, Any], due: bool = False) -> None:
-        """Save. The last save of a process is waited for, and tried again before the run fails for it."""
-        self.watchdog.progress(f"the checkpoint of step {step}")
-        last = step == self.config.train.steps or self.stopping is not None
-        with self.goodput.during("checkpoint"):
-            for pause in (*SAVE_RETRY_SECONDS, None):
-                failure = None
-                try:
-                    self._save(step, state, data, due)
-                    if last:
-                        self.checkpointer.wait()
-                except CheckpointError as error:
-                    failure = error
-                if not last or not anyone_says(failure is not None):
-                    return
-                failure = failure or "another process could not write its part, see its output"
-                if pause is None:
-                    raise RunFailed(
-                        f"step {step} could not be saved in {1 + len(SAVE_RETRY_SECONDS)} attempts, and the process ends here: "
-                        f"{failure}. The same command goes on from the newest checkpoint in {self.directory.checkpoints_path}"
-                    )
-                self.console.say(f"warning: {failure}; trying again in {pause:g} s")
-                time.sleep(pause)
-
-    def _roll_back(self, asked: RollBack, abstract: TrainState) -> tuple[TrainState, int, Any]:
-        """(state, step, position in the data) to go on from after too many skipped steps."""
-        self.watchdog.progress(f"the rollback from step {asked.last}")
-        guard, last, first = self.config.train.guard, asked.last, asked.first
-        what = f"steps {first} to {last} were skipped, {guard.max_consecutive_skips} in a row"
-        if len(self.course.rollbacks) >= guard.max_rollbacks:
-            raise RunFailed(f"{what}, after {guard.max_rollbacks} rollbacks (train.guard.max_rollbacks). {self.skips.advice}")
-        with self.goodput.during("startup"):
-            with contextlib.suppress(CheckpointError):
-                self.checkpointer.wait()
-            to = first_says(way_back(self.checkpointer.steps(), first, self.config.checkpoint.every_steps))
-            try:
-                if to >= 0:
-                    state = self.checkpointer.restore(abstract, step=to).state
-                elif self.course.from_seed:
-                    to = 0
-                    state = create_state(self.setup.specs, self.setup.optimizer, self.setup.rules, self.config.train.seed)
-                else:
-                    raise RunFailed(f"{what}, and no checkpoint from before them is left to go back to. {self.skips.advice}")
-                self.checkpointer.discard_after(to)
-            except CheckpointError as error:
-                raise RunFailed(f"{what}, and the way back failed: {error}. {self.skips.advice}") from error
-        self.course = self.course.back(asked, to)
-        self.sinks.rewind(to, {"from_step": last, "first_skipped": first})
-        if self.peers.index == 0:
-            with self.book.tolerating("samples"):
-                truncate_rows(self.directory.samples_path, to)
-        self.goodput.rolled_back(last, to)
-        self.console.say(f"{what}: going back to step {to}, and on with the data behind step {last}")
-        return state, to, asked.position
+        return self._compiler.step(abstract)
 
     def _settle(self, flight: Flight) -> None:
         self.goodput.stepped(skipped=self.skips.settle(flight))
@@ -385,76 +237,20 @@ class Loop:
         while in_flight:
             self._settle(in_flight.popleft())
 
-    def _pass_point(self) -> None:
-        """Where all processes come by in the same order, and so may agree to stop."""
-        self.stopping = self.stopping or self.peers.stop_after(next(self._points), self.stop.name)
-
     def _evaluate(self, step: int, state: TrainState) -> bool:
         """Whether it was done; not where the run is to stop before it, or stops in it."""
-        if self.stopping is not None:
-            return False
-        what = f"the evaluation after step {step}"
-        self.watchdog.progress(what)
-        try:
-            with self.goodput.during("compile"):
-                self._finish_compiling(self.compile_evaluation())
-            with self.goodput.during("evaluation"):
-                result = self.evaluator(state.model, functools.partial(self._between_batches, what))
-        except _StoppedEarly:
-            return False
-        if result is None:
-            return True
-        self.sinks.log(step, result.metrics())
-        self.console.say(
-            f"step {step}: held-out loss {result.loss:.3f}, {result.bits_per_byte:.3f} bits per byte "
-            f"({result.tokens:,} tokens, {self.evaluator.num_bytes:,} bytes)"
-        )
-        if self.config.sample.at_evaluations and step < self.config.train.steps:
-            self._sample(step, state)
-        return True
-
-    def _finish_compiling(self, task: Task) -> None:
-        while not task.wait(_POLL_SECONDS):
-            if self.peers.count == 1:
-                self._stop_early()
-        task.result()
-
-    def _between_batches(self, what: str) -> None:
-        self.watchdog.progress(what)
-        self._stop_early()
-
-    def _stop_early(self) -> None:
-        self._pass_point()
-        if self.stopping is not None:
-            raise _StoppedEarly
-
-    def _sample(self, step: int, state: TrainState) -> None:
-        sample = self.config.sample
-        if sample.tokens == 0 or first_says(step in sampled_steps(self.directory.samples_path)):
-            return
-        self.watchdog.progress(f"the sample after step {step}")
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), step)
-        options = {"tokens": sample.tokens, "temperature": sample.temperature, "key": key}
-        with self.goodput.during("evaluation"):
-            text = draw_text(self.config, state.model, self.setup.rules, sample.prompt, **options)
-        if self.peers.index == 0:
-            with self.book.tolerating("the sample"), self.directory.samples_path.open("a") as file:
-                file.write(json.dumps({"step": step, "prompt": sample.prompt, "text": text}) + "\n")
-        self.console.say(f"--- sample after {step} steps ---\n{sample.prompt}{text}\n---")
+        return evaluate(step, state, self.services, self.evaluator, self.compile_evaluation, self.sinks)
 
     def _leave(self, step: int, state: TrainState, data: dict[str, Any], *, due: bool = False, save: bool = True) -> None:
         """Save what there is and end, as asked."""
         if save:
-            self._persist(step, state, data, due)
+            self.saver.persist(step, self.tables.whole(state), data, self.course, due)
         self.goodput.note(step)
         where = f"saved step {step} in {self.directory.checkpoints_path}" if save else f"step {step} was saved before"
-        raise self._preempted(where if step else "before step 1, with nothing to save")
-
-    def _preempted(self, what: str) -> Preempted:
-        return Preempted(f"{self.stopping}: {what}; the same command resumes")
+        raise self.stopping.preempted(where if step else "before step 1, with nothing to save")
 
     def _finish(self, state: TrainState) -> None:
-        self._sample(self.config.train.steps, state)
+        sample(self.config.train.steps, state, self.services)
         self.watchdog.progress("the end of the run")
         self.checkpointer.wait()
         self.goodput.note(self.config.train.steps)

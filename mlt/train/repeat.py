@@ -10,6 +10,35 @@ import jax
 import numpy as np
 
 from mlt.checkpoint.leaves import flatten
+from mlt.errors import RunFailed
+from mlt.train.distributed import anyone_says
+from mlt.train.services import Services
+from mlt.train.state import TrainState
+
+
+def step_twice(
+    step: int, step_fn: Any, state: TrainState, batch: Any, services: Services
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """What a step gives, after it gave the same twice.
+
+    Raises:
+        RunFailed: it gave something else the second time, here or on another process.
+    """
+    with services.goodput.during("check"):
+        again = step_fn(copied(state), batch)
+    result = step_fn(state, batch)
+    with services.goodput.during("check"):
+        lines = differences(result, again)
+        if anyone_says(bool(lines)):
+            where = "; ".join(lines) or "on another process, see its output"
+            raise RunFailed(
+                f"step {step} gave two results from one state and batch: {where}. Either a device computes wrongly or "
+                f"this program is not deterministic on it. The checkpoints in {services.directory.checkpoints_path} are from "
+                "before: go on from them on other machines, and test this one (on a GPU, rule the program out with "
+                "XLA_FLAGS=--xla_gpu_deterministic_ops=true)"
+            )
+    services.console.say(f"step {step} was done twice: bit for bit the same")
+    return result
 
 
 def copied(tree: Any) -> Any:

@@ -2,12 +2,13 @@
 
 import logging
 import time
+from typing import get_args
 
 import jax
 
 from mlt.checkpoint.layout import CheckpointError, committed_steps, read_meta
 from mlt.config.dump import allowed_changes, binding_changes, config_hash, from_yaml, to_yaml
-from mlt.config.run import RunConfig
+from mlt.config.run import RunConfig, TrainConfig
 from mlt.errors import UserError
 from mlt.run_paths import RunPaths, write_whole
 from mlt.train.run_directory import RunDirectory
@@ -59,6 +60,13 @@ def keep_config(directory: RunDirectory, config: RunConfig) -> list[str]:
     return changes
 
 
+def accepted_hashes(config: RunConfig) -> set[str]:
+    """The hashes of configs whose checkpoints a config may go on from: its own, or all that differ in the type of computation."""
+    own = config.train.compute_dtype
+    types = get_args(TrainConfig.model_fields["compute_dtype"].annotation) if config.checkpoint.change_dtype else (own,)
+    return {config_hash(config.replace(train=config.train.replace(compute_dtype=kind))) for kind in types}
+
+
 def _binding(saved: str, given: str) -> list[str]:
     return binding_changes(from_yaml(saved), from_yaml(given))
 
@@ -78,7 +86,7 @@ def _damaged(paths: RunPaths, config: RunConfig, text: str) -> bool:
     known = _hash_of_checkpoints(paths)
     if known is None:
         return not saved.endswith("\n") and text.startswith(saved)
-    if known != config_hash(config):
+    if known not in accepted_hashes(config):
         return False
     try:
         from_yaml(saved)

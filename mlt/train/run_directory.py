@@ -69,7 +69,10 @@ class RunDirectory(RunPaths):
         except FileNotFoundError:
             return False
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {self.config_path}: {error}") from error
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise UserError(
+                f"cannot read {self.config_path}: {reason}; change its rights, put a copy back, or choose another --run-dir"
+            ) from error
         lines = [] if saved == text else difference(saved, text)
         if not lines:
             return True
@@ -90,7 +93,9 @@ class RunDirectory(RunPaths):
             try:
                 write_whole(self.config_path, text)
             except OSError as error:
-                raise UserError(f"cannot write {self.config_path}: {error.strerror}") from error
+                raise UserError(
+                    f"cannot write {self.config_path}: {error.strerror}; free space, or choose another --run-dir"
+                ) from error
 
     def _create(self) -> bool:
         """Make the directory; True where it was not there before."""
@@ -102,7 +107,10 @@ class RunDirectory(RunPaths):
             file = next(path for path in (self.path, *self.path.parents) if os.path.exists(path))
             raise UserError(f"run directory {self.path}: {file} is not a directory; choose another path") from None
         except OSError as error:
-            raise UserError(f"run directory {self.path} cannot be made or read: {error.strerror}") from error
+            raise UserError(
+                f"run directory {self.path} cannot be made or read: {error.strerror}; change the rights of the directory above "
+                "it, or choose another --run-dir"
+            ) from error
         foreign = [name for name in names if name not in _HARMLESS and not name.startswith(".")]
         if foreign and self.config_path.name not in names:
             shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
@@ -130,7 +138,10 @@ class RunDirectory(RunPaths):
 
     def _take_lock(self) -> int:
         while True:
-            descriptor = os.open(self.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                descriptor = os.open(self.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except OSError as error:
+                raise self._unlockable(error) from error
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -139,7 +150,7 @@ class RunDirectory(RunPaths):
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                     raise UserError(self._in_use(holder)) from None
                 if error.errno not in _NO_LOCKS:
-                    raise UserError(f"cannot lock {self.lock_path}: {error.strerror}") from error
+                    raise self._unlockable(error) from error
                 LOGGER.warning("%s: this file system has no locks; see to it that no other run writes here", self.path)
                 descriptor = os.open(self.lock_path, os.O_RDWR | os.O_CLOEXEC)
             if self._is_current(descriptor):
@@ -149,6 +160,11 @@ class RunDirectory(RunPaths):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(note).encode(), 0)
         return descriptor
+
+    def _unlockable(self, error: OSError) -> UserError:
+        return UserError(
+            f"cannot lock {self.lock_path}: {error.strerror}; change its rights or move it away, or choose another --run-dir"
+        )
 
     def _is_current(self, descriptor: int) -> bool:
         with contextlib.suppress(FileNotFoundError):

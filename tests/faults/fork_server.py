@@ -4,14 +4,17 @@ Every fork is a process of its own that the kernel can kill; it trains by the sa
 
     python fork_server.py       reads a JSON request a line, answers with two: {"pid": 7}, then {"code": -9, "seconds": 2.1}
 
-A request has `words` (of the command line) and `log` (the file that takes both outputs).
+A request has `words` (of the command line), `log` (the file that takes both outputs) and `variables` (of the environment; what
+JAX reads when it is imported is the server's own).
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +35,23 @@ class Child:
     def ended(self) -> bool:
         return self._ended is not None
 
+    def poll(self) -> int | None:
+        """The exit code, if it has ended."""
+        return None if self._ended is None else self._ended["code"]
+
     def signal(self, number: int) -> None:
         """Send a signal; the pid cannot have been given to another process before `ended`."""
         if not self.ended():
             os.kill(self.pid, number)
 
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+
     def wait(self, timeout: float = 120.0) -> int:
         """Exit code; negative, the signal that killed it. A child that does not end is killed, and that is an error."""
         self._thread.join(timeout)
         if self._ended is None:
-            os.kill(self.pid, 9)
+            self.kill()
             self._thread.join(30)
             raise AssertionError(f"the command did not end within {timeout:g} s:\n{self.output()[-3000:]}")
         return self._ended["code"]
@@ -70,10 +80,10 @@ class ForkServer:
             raise AssertionError("the fork server ended")
         return json.loads(line)
 
-    def start(self, words: list[str], log: Path) -> Child:
+    def start(self, words: list[str], log: Path, variables: Mapping[str, str] | None = None) -> Child:
         assert self._process.stdin is not None
         log.parent.mkdir(parents=True, exist_ok=True)
-        self._process.stdin.write(json.dumps({"words": words, "log": str(log)}) + "\n")
+        self._process.stdin.write(json.dumps({"words": words, "log": str(log), "variables": dict(variables or {})}) + "\n")
         self._process.stdin.flush()
         return Child(self, self.read()["pid"], log)
 
@@ -86,8 +96,10 @@ class ForkServer:
 
 
 def serve() -> None:
-    # What the first step of a run would import, so that a child does not.
+    # What a run would import on its way, so that a child does not; the plots of the report cost more than its steps.
     import grain  # noqa: F401
+    import matplotlib.backends.backend_svg
+    import matplotlib.figure  # noqa: F401
     import orbax.checkpoint  # noqa: F401
     import tensorstore  # noqa: F401
 
@@ -116,6 +128,7 @@ def _become(request: dict[str, Any], main: Any) -> None:
     for target, source in ((0, nothing), (1, log), (2, log)):
         os.dup2(source, target)
     os.setsid()
+    os.environ.update(request["variables"])
     sys.argv = ["mlt", *request["words"]]
     code = 1
     try:

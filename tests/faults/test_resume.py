@@ -65,7 +65,7 @@ def test_a_request_to_stop_saves_and_asks_to_be_requeued(mlt, whole, tmp_path, n
 def test_a_complete_run_says_so(mlt, tmp_path):
     run_dir = tmp_path / "run"
     for _ in range(2):
-        code, output = mlt("train", TINY, "--run-dir", run_dir, "--arg", "steps=2")
+        code, output = mlt("train", TINY, "--run-dir", run_dir, "--arg", "steps=2", "--arg", "plain=true", "--arg", "width=16")
         assert code == 0, output
     assert "complete" in output
     assert len(losses(run_dir)) == 2

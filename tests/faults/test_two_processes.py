@@ -7,8 +7,8 @@ import time
 
 import numpy as np
 import pytest
-from fault_tools import losses, rows
-from two_tools import endings, free_address, of_two, script, signal_at, start_one, start_two
+from fault_tools import losses, rows, wait_for_step
+from two_tools import endings, free_address, of_two, script, start_one, start_two
 
 from mlt.checkpoint.layout import committed_steps, read_record, step_path
 from mlt.nn.param import named_leaves
@@ -37,18 +37,19 @@ def story(mlt, tmp_path_factory):
     told = {"run_dir": run_dir}
 
     two = start_two(mlt, run_dir)
-    signal_at(run_dir, 3, two[0], signal.SIGCONT)  # only to wait for the step
-    two[1].send_signal(signal.SIGTERM)
+    wait_for_step(run_dir, 3, two[0])
+    two[1].signal(signal.SIGTERM)
     told["stopped"] = endings(two)
     told["saved"] = committed_steps(run_dir / "checkpoints")
 
     one = start_one(mlt, run_dir)
-    signal_at(run_dir, told["saved"][-1] + 3, one, signal.SIGTERM)
+    wait_for_step(run_dir, told["saved"][-1] + 3, one)
+    one.signal(signal.SIGTERM)
     told["alone"] = endings([one])
 
     for name, dies, step in (("second_dies", 1, 13), ("first_dies", 0, 17)):
         two = start_two(mlt, run_dir)
-        signal_at(run_dir, step, two[0], signal.SIGCONT)
+        wait_for_step(run_dir, step, two[0])
         two[dies].kill()
         killed = time.monotonic()
         two[1 - dies].wait(timeout=60)
@@ -61,7 +62,7 @@ def story(mlt, tmp_path_factory):
 def test_the_stream_and_the_start_are_the_same_to_the_bit(mlt):
     path, address = pathlib.Path(__file__).parent / "show_batches.py", free_address()
     one = endings([script(mlt, path, {"JAX_NUM_CPU_DEVICES": 2})])
-    two = endings([script(mlt, path, of_two(index, address)) for index in (0, 1)])
+    two = endings([script(mlt, path, {**of_two(index, address), "JAX_NUM_CPU_DEVICES": 1}) for index in (0, 1)])
     shown = [[line for line in output.splitlines() if line.startswith(("batch", "state"))] for _, output in one + two]
     assert [code for code, _ in one + two] == [0, 0, 0], [output for _, output in one + two]
     assert len(set(shown[0])) == 6

@@ -1,12 +1,12 @@
 """Runs of two processes over gloo, and of one process with as many devices."""
 
 import pathlib
-import signal
 import socket
 import subprocess
 import sys
 
-from fault_tools import TINY, Command, wait_for_step
+from fault_tools import TINY, Command
+from fork_server import Child
 
 WORDS = ("--arg", "plain=true", "--arg", "steps=40", "--set", "mesh.fsdp=2", "--set", "train.peer_timeout_seconds=20")
 # Two processes compile the same program twice, and on CPU only the first finds it again: keep that short.
@@ -20,35 +20,38 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def start_one(mlt: Command, run_dir: pathlib.Path, *words: object) -> subprocess.Popen:
+def start_one(mlt: Command, run_dir: pathlib.Path) -> Child:
     """One process with two devices."""
-    return mlt.start("train", TINY, "--run-dir", run_dir, *WORDS, *words, JAX_NUM_CPU_DEVICES=2, **QUICK)
+    words = ("train", TINY, "--run-dir", run_dir, *WORDS)
+    return mlt.fork(words, server="two devices", JAX_NUM_CPU_DEVICES=2, **QUICK)
 
 
-def start_two(mlt: Command, run_dir: pathlib.Path, *words: object) -> list[subprocess.Popen]:
+def start_two(mlt: Command, run_dir: pathlib.Path) -> list[Child]:
     """Two processes with a device each, told of each other by variables."""
-    address = free_address()
-    return [mlt.start("train", TINY, "--run-dir", run_dir, *WORDS, *words, **of_two(index, address), **QUICK) for index in (0, 1)]
+    address, words = free_address(), ("train", TINY, "--run-dir", run_dir, *WORDS)
+    return [
+        mlt.fork(words, of_two(index, address), server=f"process {index}", JAX_NUM_CPU_DEVICES=1, **QUICK) for index in (0, 1)
+    ]
 
 
 def of_two(index: int, address: str) -> dict[str, object]:
-    return {"MLT_COORDINATOR": address, "MLT_NUM_PROCESSES": 2, "MLT_PROCESS_ID": index, "JAX_NUM_CPU_DEVICES": 1}
+    return {"MLT_COORDINATOR": address, "MLT_NUM_PROCESSES": 2, "MLT_PROCESS_ID": index}
 
 
-def endings(processes: list[subprocess.Popen], timeout: float = DEADLINE) -> list[tuple[int, str]]:
+def endings(processes: list[Child] | list[subprocess.Popen], timeout: float = DEADLINE) -> list[tuple[int, str]]:
     """(exit code, output) of each; none outlives the test."""
     try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+        return [_ending(process, timeout) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
-def signal_at(run_dir: pathlib.Path, step: int, process: subprocess.Popen, number: signal.Signals) -> None:
-    """Send a signal once the run has logged a step."""
-    wait_for_step(run_dir, step, process)
-    process.send_signal(number)
+def _ending(process: Child | subprocess.Popen, timeout: float) -> tuple[int, str]:
+    if isinstance(process, Child):
+        return process.wait(timeout), process.output()
+    output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output
 
 
 def script(mlt: Command, path: pathlib.Path, variables: dict[str, object]) -> subprocess.Popen:

@@ -1,5 +1,6 @@
 """Damaged, half-written and failed checkpoints: named, stepped over, never mistaken for good ones."""
 
+import errno
 import logging
 import subprocess
 import sys
@@ -11,9 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlt.checkpoint.layout import CheckpointError, committed_steps, read_meta, unfinished
+from mlt.checkpoint.layout import CheckpointError, StepFiles, Unreadable, committed_steps, read_meta, step_files, unfinished
 from mlt.checkpoint.restore import restore, restore_latest
 from mlt.checkpoint.save import Checkpointer
+from mlt.checkpoint.show import list_text, verify_text
+from mlt.checkpoint.storage import is_passing
+from mlt.errors import UserError
 
 TARGET = {"w": jnp.zeros((64, 64)), "step": jnp.int32(0)}
 
@@ -107,6 +111,59 @@ def test_nothing_readable_is_an_error_not_a_fresh_start(tmp_path):
     flip_bit(tmp_path / "2")
     with pytest.raises(CheckpointError, match="steps 2, 1 are damaged"):
         restore_latest(tmp_path, TARGET)
+
+
+def test_when_all_are_damaged_it_is_said_what_follows(tmp_path):
+    directory = tmp_path / "checkpoints"
+    save_steps(directory, 1)
+    flip_bit(directory / "1")
+    with (
+        Checkpointer(directory) as checkpoints,
+        pytest.raises(CheckpointError, match=r"were set aside and not deleted\. .*; the same command once more begins again"),
+    ):
+        checkpoints.restore_latest(TARGET)
+    assert verify_text(str(tmp_path)) == (f"nothing to verify: no committed checkpoints in {directory}", False)
+    with pytest.raises(CheckpointError, match=r"these were damaged and set aside: 1\.damaged"):
+        restore(directory, TARGET)
+
+
+def test_what_cannot_be_read_for_now_is_no_damage(tmp_path, monkeypatch):
+    """Its files are whole: taking an older step instead would lose steps, and setting it aside would hide it."""
+    save_steps(tmp_path, 1, 2)
+
+    def denied(path: Path, step: int | None = None) -> StepFiles:
+        files = step_files(path, step)
+        return files if files.step == 1 else files._replace(read=lambda name: (_ for _ in ()).throw(refusal))
+
+    refusal = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "2" / "meta" / "metadata"))
+    with monkeypatch.context() as patch, Checkpointer(tmp_path) as checkpoints:
+        patch.setattr("mlt.checkpoint.restore.step_files", denied)
+        with pytest.raises(Unreadable, match=r"2 cannot be read: .*Permission denied.*give the same command again"):
+            checkpoints.restore_latest(TARGET)
+    assert committed_steps(tmp_path) == [1, 2]
+    assert restore_latest(tmp_path, TARGET).step == 2
+
+
+def test_reads_that_fail_for_reasons_that_pass_are_told_from_damage():
+    passing = ("UNAVAILABLE: no route", "ABORTED: All 6 retry attempts failed: CURL error", "x [os_error_code='13']")
+    lasting = ("DATA_LOSS: bad checksum", "NOT_FOUND: gone", "FAILED_PRECONDITION: short", "x [os_error_code='5']")
+    assert all(is_passing(ValueError(text)) for text in passing)
+    assert not any(is_passing(ValueError(text)) for text in lasting)
+    assert is_passing(OSError(errno.ESTALE, "Stale file handle"))
+    assert not is_passing(FileNotFoundError(errno.ENOENT, "No such file"))
+
+
+def test_what_a_newer_version_wrote_is_refused_and_left_alone(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    path = tmp_path / "2" / "meta" / "metadata"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    with Checkpointer(tmp_path) as checkpoints, pytest.raises(UserError, match=r"format 2, .*reads format 1: .*newer"):
+        checkpoints.restore_latest(TARGET)
+    assert committed_steps(tmp_path) == [1, 2]
+    assert "newer format" in list_text(str(tmp_path))
+    text, whole = verify_text(str(tmp_path))
+    assert not whole
+    assert "has format 2" in text
 
 
 @pytest.mark.parametrize("broken", ["", "{}", '{"commit_timestamp_nsecs": null}', "not json"])

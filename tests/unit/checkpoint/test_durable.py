@@ -258,7 +258,7 @@ def test_a_place_that_hangs_delays_nothing_but_the_end_and_that_for_a_bounded_ti
 def test_nothing_local_and_an_unreadable_place_is_an_error_not_a_fresh_start(tmp_path, caplog):
     (tmp_path / "far").write_text("in the way")
     with saver(tmp_path) as checkpoints:
-        with pytest.raises(UserError, match=r"far: it is not a directory; there is no local checkpoint either"):
+        with pytest.raises(UserError, match=r"far is not a directory; there is no local checkpoint either"):
             checkpoints.restore_latest(TARGET)
         save(checkpoints, 1)
         assert_is(checkpoints.restore_latest(TARGET), 1)

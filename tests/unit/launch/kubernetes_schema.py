@@ -183,6 +183,12 @@ class FailureRule(Part):
     onJobFailureMessagePatterns: list[str] = []
 
     @model_validator(mode="after")
+    def unique(self):
+        for values in (self.onJobFailureReasons, self.onJobFailureMessagePatterns):
+            assert len(set(values)) == len(values), values
+        return self
+
+    @model_validator(mode="after")
     def patterns_compile(self):
         for pattern in self.onJobFailureMessagePatterns:
             re.compile(pattern)

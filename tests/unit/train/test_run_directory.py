@@ -87,6 +87,12 @@ def test_a_directory_that_cannot_be_written_is_refused():
         RunDirectory("/proc/self/task")._probe(made=False)
 
 
+def test_a_lock_that_cannot_be_opened_is_named(tmp_path):
+    (tmp_path / "run.lock").mkdir()
+    with pytest.raises(UserError, match=r"cannot lock .*run\.lock: Is a directory; .*--run-dir"), RunDirectory(tmp_path).lock():
+        pass
+
+
 def test_a_full_disk_is_found_before_the_run(tmp_path):
     code = (
         "import resource, sys\nfrom mlt.errors import UserError\nfrom mlt.train.run_directory import RunDirectory\n"
