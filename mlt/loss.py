@@ -10,13 +10,14 @@ from mlt.model.lm import LM
 from mlt.model.remat import Remat
 from mlt.parallel import ops
 from mlt.parallel.rules import Rules
+from mlt.parallel.table import rows_in
 
 Batch = dict[str, jax.Array]
 
 
 def context_of(batch: Batch, rules: Rules, *, train: bool) -> Context:
-    """What the mixers may know of a batch (fields of `data/pack.py`, each (B, T))."""
-    return Context(batch["tokens"], batch["segment_ids"], batch["positions"], rules, train)
+    """What the mixers may know of a batch (fields of `data/pack.py`, each (B, T), and rows of `train/hashing.py`)."""
+    return Context(batch["tokens"], batch["segment_ids"], batch["positions"], rules, train, rows=rows_in(batch))
 
 
 def token_losses(
@@ -24,16 +25,20 @@ def token_losses(
 ) -> tuple[jax.Array, Any]:
     """(weighted loss per token (B, T) float32 in nats, mixers' aux). Logits never exist whole."""
     hidden_BTD, aux = model(context_of(batch, rules, train=train), dtype=dtype, remat=remat)
-    losses_BT = ops.cross_entropy(
+    return hidden_losses(model, hidden_BTD, batch, rules, z_loss=z_loss), aux
+
+
+def hidden_losses(model: LM, hidden_BTD: jax.Array, batch: Batch, rules: Rules, *, z_loss: float = 0.0) -> jax.Array:
+    """Weighted loss per token (B, T) float32 in nats, of the model's final hidden states."""
+    return ops.cross_entropy(
         rules,
         hidden_BTD,
-        model.unembedding().astype(dtype),
+        model.unembedding().astype(hidden_BTD.dtype),
         batch["targets"],
         weights=batch["weights"],
         z_loss=z_loss,
         softcap=model.config.logit_softcap,
     )
-    return losses_BT, aux
 
 
 def reduce_aux(aux: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
