@@ -132,6 +132,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "chunk_size": 8,
         },
     ),
+    "zamba2_attention_adapter": (
+        "zamba2",
+        {
+            **_BASE,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "num_hidden_layers": 4,
+            "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+            "num_mem_blocks": 1,
+            "adapter_rank": 4,
+            "use_shared_attention_adapter": True,
+            "use_mem_rope": True,
+            "n_mamba_heads": 4,
+            "mamba_d_state": 8,
+            "chunk_size": 8,
+        },
+    ),
     "bamba": ("bamba", {**_BASE, **_ATTENTION, **_MAMBA, "num_hidden_layers": 3, "attn_layer_indices": [1]}),
     "granitemoehybrid": (
         "granitemoehybrid",

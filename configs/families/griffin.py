@@ -12,6 +12,10 @@ family = sibling(__file__, "../base/family.py")
 PAPER = "2402.19427"
 
 
+SCALES = {64: 8.0, 2560: 50.5, 4096: 64.0}
+"""The root of the width, rounded to bfloat16 as released."""
+
+
 def model(d_model: int, repeats: int, tail: int, heads: int, vocab: int, *, lru: int, window: int, cap: float | None) -> LMConfig:
     """`repeats` periods of (recurrence, recurrence, attention) and `tail` recurrences; a feed-forward behind each."""
     attention = Attention(
@@ -33,7 +37,7 @@ def model(d_model: int, repeats: int, tail: int, heads: int, vocab: int, *, lru:
         tie_embeddings=True,
         logit_softcap=cap,
         unit_offset_norm=True,
-        embed_scale=d_model**0.5,
+        embed_scale=SCALES[d_model],
         embed_std=d_model**-0.5,
     )
 

@@ -12,7 +12,11 @@ PAPER = "2510.03279"
 
 
 def model(d_model: int, layers: int, vocab: int, mixer: MemMamba) -> LMConfig:
-    stack = Stack(period=(Block(mixers=(mixer,), norm_eps=1e-5),), repeats=layers)
+    """Every fourth layer reads the summaries of the three in front of it."""
+    names = ("notes 0", "notes 1", "notes 2")
+    mixers = (*(mixer.replace(publish=name) for name in names), mixer.replace(sources=names))
+    period = tuple(Block(mixers=(mixer,), norm_eps=1e-5) for mixer in mixers)
+    stack = Stack(period=period, repeats=layers // len(period))
     return LMConfig(d_model=d_model, vocab_size=vocab, stack=stack, tie_embeddings=True, norm_eps=1e-5)
 
 

@@ -12,7 +12,7 @@ from mlt.config.base import Config
 from mlt.config.problems import Problem
 from mlt.mixers.base import Arrays, Aux, BuildInfo, Context, MixerConfig, save_point
 from mlt.model.remat import Remat
-from mlt.nn.norm import RMSNorm
+from mlt.nn.norm import NormKind, stream_norm
 
 STREAM = ("batch", "seq", "stream")
 
@@ -23,6 +23,7 @@ class Block(Config):
     Attributes:
         mixers: the sub-layers, in order.
         norm_eps: of the norms.
+        norm: `rms`, or `layer` with a mean, a scale and a bias.
         post_norm: also normalize each mixer's output before it is added.
         unit_offset_norm: the norms multiply by 1 + scale.
         residual_scale: factor on each mixer's output before it is added.
@@ -30,6 +31,7 @@ class Block(Config):
 
     mixers: tuple[MixerConfig, ...]
     norm_eps: float = 1e-6
+    norm: NormKind = "rms"
     post_norm: bool = False
     unit_offset_norm: bool = False
     residual_scale: float = 1.0
@@ -37,6 +39,8 @@ class Block(Config):
     def problems(self) -> Iterator[Problem]:
         if not self.mixers:
             yield Problem("mixers", (), "a block needs at least one mixer")
+        if self.unit_offset_norm and self.norm == "layer":
+            yield Problem("unit_offset_norm", True, "is read with norm='rms' alone", "leave it False")
 
     def build(self, info: BuildInfo) -> "BlockModule":
         return BlockModule(self, info)
@@ -46,10 +50,10 @@ class SubLayer(nnx.Module):
     """One residual addition."""
 
     def __init__(self, mixer: MixerConfig, config: Block, info: BuildInfo):
-        norm = {"axis": "embed", "eps": config.norm_eps, "unit_offset": config.unit_offset_norm}
-        self.norm = RMSNorm(info.d_model, **norm) if mixer.pre_norm else None
+        norm = {"eps": config.norm_eps, "unit_offset": config.unit_offset_norm}
+        self.norm = stream_norm(config.norm, info.d_model, **norm) if mixer.pre_norm else None
         self.mixer = mixer.build(info)
-        self.post_norm = RMSNorm(info.d_model, **norm) if config.post_norm else None
+        self.post_norm = stream_norm(config.norm, info.d_model, **norm) if config.post_norm else None
         self.residual_scale = config.residual_scale
         self.exchange = getattr(mixer, "exchange", None)
         published = mixer.publishes(info.d_model)

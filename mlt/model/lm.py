@@ -16,7 +16,7 @@ from mlt.model.edges import edge_problems
 from mlt.model.remat import Remat
 from mlt.model.stack import Stack, StackAux
 from mlt.nn.embed import Embedding
-from mlt.nn.norm import RMSNorm
+from mlt.nn.norm import NormKind, stream_norm
 from mlt.nn.param import fan_in, param
 from mlt.parallel import ops
 from mlt.parallel.rules import Rules
@@ -33,6 +33,7 @@ class LMConfig(Config):
         embed_std: standard deviation of the embedding at initialization.
         logit_softcap: logits become cap * tanh(logit / cap).
         norm_eps: of the final norm.
+        norm: `rms` or `layer`, of the final norm; blocks have their own.
         unit_offset_norm: the final norm multiplies by 1 + scale.
         embed_scale: factor on the embedded tokens.
         logit_scale: factor on the logits, applied to what they are made of.
@@ -45,6 +46,7 @@ class LMConfig(Config):
     embed_std: float = 0.02
     logit_softcap: float | None = None
     norm_eps: float = 1e-6
+    norm: NormKind = "rms"
     unit_offset_norm: bool = False
     embed_scale: float = 1.0
     logit_scale: float = 1.0
@@ -76,7 +78,7 @@ class LM(nnx.Module):
         self.config = config
         self.embed = Embedding(config.vocab_size, config.d_model, std=config.embed_std)
         self.stack = config.stack.build(info)
-        self.norm = RMSNorm(config.d_model, axis="embed", eps=config.norm_eps, unit_offset=config.unit_offset_norm)
+        self.norm = stream_norm(config.norm, config.d_model, eps=config.norm_eps, unit_offset=config.unit_offset_norm)
         shape = (config.d_model, config.vocab_size)
         head = None if config.tie_embeddings else param(shape, ("embed", "vocab"), fan_in(config.d_model), group="embedding")
         self.head = head

@@ -1,10 +1,14 @@
 """Root-mean-square and L2 normalization, always computed in float32."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mlt.nn.param import ones, param, zeros
+
+NormKind = Literal["rms", "layer"]
 
 
 def rms_normalize(x: jax.Array, *, eps: float) -> jax.Array:
@@ -40,3 +44,22 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.scale[...] + 1.0 if self.unit_offset else self.scale[...]
         return (rms_normalize(x, eps=self.eps) * scale).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm over the last dim with a learned scale and bias (arXiv 1607.06450); output in the input's type."""
+
+    def __init__(self, size: int, *, axis: str | None = None, eps: float = 1e-5):
+        self.eps = eps
+        self.scale = param((size,), (axis,), ones, group="vector")
+        self.bias = param((size,), (axis,), zeros, group="vector")
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return (layer_normalize(x, eps=self.eps) * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+def stream_norm(kind: NormKind, size: int, *, eps: float, unit_offset: bool) -> RMSNorm | LayerNorm:
+    """A norm of the residual stream; the offset is read by RMSNorm alone."""
+    if kind == "layer":
+        return LayerNorm(size, axis="embed", eps=eps)
+    return RMSNorm(size, axis="embed", eps=eps, unit_offset=unit_offset)

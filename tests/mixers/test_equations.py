@@ -1,4 +1,7 @@
-"""Each recurrent mixer against the equations of its paper: a loop over tokens in float64, one document at a time."""
+"""Each recurrent mixer against the equations of its paper: a loop over tokens in float64, one document at a time.
+
+Where a paper or its released code is known to be wrong, the loop is what is right, and says beside it what differs.
+"""
 
 from collections.abc import Callable
 
@@ -106,6 +109,7 @@ def delta_inputs(w, x):
 
 
 def gated_delta(c, w, x):
+    """An equation of the paper's chunked form prints the causal mask without the decay; a loop over tokens has no such mask."""
     q, k, v = delta_inputs(w, x)
     decay = -np.exp(w["A_log"]) * softplus(linear(w, "decay", x) + w["dt_bias"])
     beta = 2 * sigmoid(linear(w, "beta", x))
@@ -130,8 +134,10 @@ def kimi_delta(c, w, x):
 
 
 def mamba2(c, w, x):
+    """The released step of one token does not limit the step size as the released pass over a row does."""
     u, write, read = (conv(w, f"{name}_conv", linear(w, name, x)) for name in ("value", "write", "read"))
     step = softplus(linear(w, "step_size", x) + w["dt_bias"])
+    step = step if c.step_limit is None else np.clip(step, *c.step_limit)
     decay = -np.exp(w["A_log"]) * step
     y = memory(grouped(read, c.num_heads), grouped(write, c.num_heads), step[..., None] * u, log_decay=decay[..., None])
     y = (y + w["skip"][:, None] * u) * silu(linear(w, "gate", x))
@@ -192,6 +198,7 @@ def mlstm(c, w, x):
 
 
 def slstm(c, w, x):
+    """Each document starts for itself; released code asks whether the whole batch is at its first token."""
     u = x.reshape(len(x), c.num_heads, -1)
     pre = [np.einsum("thc,hcgd->thgd", conv(w, "conv", u), w["input_forget"]), np.einsum("thc,hcgd->thgd", u, w["cell_output"])]
     pre = np.concatenate(pre, 2) + w["bias"]
@@ -215,6 +222,8 @@ def window_mask(T, window=None):
 
 
 def lizard(c, w, x):
+    """The printed denominator has the sinks' logits, which may be negative: their exponentials are meant. The printed recurrent
+    form leaves out the normalizer that the parallel one has."""
     q, k, v = (linear(w, name, x) for name in ("query", "key", "value"))
     k, v = grouped(k, c.num_heads), grouped(v, c.num_heads)
     gate = np.log(sigmoid(linear(w, "decay", x)))[..., None]
@@ -232,12 +241,15 @@ def differential_attention(c, w, x):
         pair = rotated(q[:, i], position), grouped(rotated(k[:, i], position), c.num_heads)
         maps.append(softmax(masked_scores(*pair, window_mask(len(x), c.window))))
     first, second = np.exp(np.sum(w["query_lambda"] * w["key_lambda"], -1))
-    attention = maps[0] - (first - second + c.lambda_init) * maps[1]
+    constant = c.lambda_init if c.depth is None else 0.8 - 0.6 * np.exp(-0.3 * c.depth[0])
+    attention = maps[0] - (first - second + constant) * maps[1]
     o = np.einsum("nts,snh->tnh", attention, grouped(v, c.num_heads))
-    return linear(w, "output", (1 - c.lambda_init) * rms(o, 1e-5) * w["norm.scale"])
+    return linear(w, "output", (1 - constant) * rms(o, 1e-5) * w["norm.scale"])
 
 
 def mixture_of_memories(c, w, x):
+    """Released code convolves over the sorted stream, across memories and back in time, and has a variant whose capacity drops
+    tokens by what comes later; here convolutions run over neighbours, and nothing is dropped."""
     T, H = len(x), c.num_heads
     q, k, v = (conv(w, f"{name}_conv", linear(w, name, x)) for name in ("query", "key", "value"))
     if c.rule in ("gated_delta", "delta"):
@@ -267,6 +279,7 @@ def mixture_of_memories(c, w, x):
 
 
 def rat(c, w, x):
+    """The released step of one token transposes wrongly where a chunk starts, and its prefill needs whole chunks."""
     tiled = lambda part: np.stack([part[:, n % c.num_groups] for n in range(c.num_heads)], 1)  # noqa: E731
     q, k, v = tiled(linear(w, "query", x)), tiled(linear(w, "key", x)), linear(w, "value", x)
     g = sigmoid(linear(w, "forget", x) + w["forget_bias"])
@@ -289,7 +302,7 @@ CASES: list[tuple[Callable, SequenceMixerConfig]] = [
     (delta_net, DeltaNet(**small)),
     (kimi_delta, KimiDelta(**small)),
     (kimi_delta, KimiDelta(**small, decay_bound=-5.0)),
-    (mamba2, Mamba2(num_heads=4, head_dim=4, state_dim=3, num_groups=2)),
+    (mamba2, Mamba2(num_heads=4, head_dim=4, state_dim=3, num_groups=2, step_limit=(0.5, 1.0))),
     (gated_linear_attention, GatedLinearAttention(**small, gate_rank=3)),
     (retention, Retention(**small)),
     (retention, Retention(**small, decay="gated")),
@@ -301,6 +314,7 @@ CASES: list[tuple[Callable, SequenceMixerConfig]] = [
     (slstm, SLSTM(num_heads=2, depth=0.5)),
     (lizard, Lizard(num_heads=2, num_kv_heads=1, head_dim=4, window=3)),
     (differential_attention, DifferentialAttention(num_heads=2, num_kv_heads=1, head_dim=4, window=4)),
+    (differential_attention, DifferentialAttention(num_heads=2, head_dim=4, depth=(3, 2), qkv_bias=True, output_bias=True)),
     (mixture_of_memories, MixtureOfMemories(**small)),
     (mixture_of_memories, MixtureOfMemories(**small, rule="delta", shared_memory=False)),
     (mixture_of_memories, MixtureOfMemories(**small, rule="gated_linear")),
@@ -339,6 +353,7 @@ def test_the_mixer_computes_its_papers_equations(paper, config):
     [
         DifferentialAttention(num_heads=2, num_kv_heads=1, head_dim=4),
         LinearAttention(**small, normalizer="norm"),
+        Mamba2(num_heads=2, head_dim=4, state_dim=3, step_limit=(0.5, 1.0)),
         MixtureOfMemories(**small, rule="gated_linear", shared_memory=False),
     ],
     ids=lambda config: type(config).__name__,

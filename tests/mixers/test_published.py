@@ -11,6 +11,8 @@ import pytest
 from mlt.mixers.base import BuildInfo, Context
 from mlt.mixers.sequence.attention import Attention
 from mlt.mixers.sequence.cross_attention import CrossAttention
+from mlt.mixers.sequence.differential_attention import DifferentialAttention
+from mlt.mixers.sequence.differential_cross_attention import DifferentialCrossAttention
 from mlt.mixers.sequence.gmu import GMU
 from mlt.mixers.sequence.mamba import Mamba
 from mlt.mixers.sequence.mamba2 import Mamba2
@@ -190,6 +192,24 @@ def test_cross_attention_with_the_publishers_query_is_its_attention():
     expected, _, published = publisher.call_and_publish(x, ctx)
     found, _ = reader(x, dataclasses.replace(ctx, published=published))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_differential_cross_attention_with_the_publishers_queries_is_its_attention():
+    ctx, x = row()
+    heads = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 4, "depth": (5, 2)}
+    publisher = lively(initialize(DifferentialAttention(**heads, publish="k", qkv_bias=True).build(INFO), 0), 1)
+    reader = initialize(DifferentialCrossAttention(source="k", **heads, query_bias=True).build(INFO), 0)
+    for name in ("query", "query_lambda", "key_lambda", "norm", "output"):
+        setattr(reader, name, getattr(publisher, name))
+    expected, _, published = publisher.call_and_publish(x, ctx)
+    found, _ = reader(x, dataclasses.replace(ctx, published=published))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_lambda_follows_the_depth_through_a_scan():
+    block = Block(mixers=(DifferentialAttention(num_heads=2, head_dim=4, depth=(1, 2)),))
+    module = initialize(Stack(period=(block,), repeats=3).build(INFO), 0)
+    np.testing.assert_array_equal(module.period[0].sub_layers[0].mixer.layer[...], [1, 3, 5])
 
 
 @pytest.mark.parametrize("mix", ["half", "learned"])

@@ -48,6 +48,9 @@ class GSS(SequenceMixerConfig):
         """(channels of the system, width of the gated unit)"""
         return self.width or max(d_model // 4, 1), self.ffn or 4 * d_model
 
+    def whole_rows(self) -> str | None:
+        return None if self.form == "scan" else "set its form='scan'"
+
     def build(self, info: BuildInfo) -> "GSSMixer":
         return GSSMixer(self, info)
 

@@ -61,6 +61,9 @@ class MemoryCaching(SequenceMixerConfig):
         if self.kernel is not None:
             yield Problem("kernel", self.kernel, "must be None", "set memory.kernel")
 
+    def whole_rows(self) -> str | None:
+        return None if self.independent else "set its independent=True"
+
     def build(self, info: BuildInfo) -> "MemoryCachingMixer":
         return MemoryCachingMixer(self, info)
 

@@ -46,6 +46,9 @@ class S4D(SequenceMixerConfig):
         if not 0 < self.min_step < self.max_step:
             yield Problem("min_step", self.min_step, f"must be between 0 and max_step = {self.max_step}")
 
+    def whole_rows(self) -> str | None:
+        return None if self.form == "scan" else "set its form='scan'"
+
     def build(self, info: BuildInfo) -> "S4DMixer":
         return S4DMixer(self, info)
 

@@ -63,6 +63,9 @@ class S5(SequenceMixerConfig):
         if self.step_scale <= 0:
             yield Problem("step_scale", self.step_scale, "must be positive")
 
+    def whole_rows(self) -> str | None:
+        return None if self.form == "scan" else "set its form='scan'"
+
     def build(self, info: BuildInfo) -> "S5Mixer":
         return S5Mixer(self, info)
 
@@ -105,6 +108,9 @@ class LRU(SequenceMixerConfig):
             yield Problem("min_radius", self.min_radius, f"must be in [0, max_radius), max_radius = {self.max_radius} below 1")
         if self.max_phase <= 0:
             yield Problem("max_phase", self.max_phase, "must be positive")
+
+    def whole_rows(self) -> str | None:
+        return None if self.form == "scan" else "set its form='scan'"
 
     def build(self, info: BuildInfo) -> "LRUMixer":
         return LRUMixer(self, info)

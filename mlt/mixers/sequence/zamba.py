@@ -91,10 +91,21 @@ class SharedTransformerModule(nnx.Module):
         self.up = Linear(stream, hidden)
         self.down = Linear(hidden, stream)
 
-    def __call__(self, x_BTD: jax.Array, ctx: Context, attend: Attend, adapter: "Adapter | None") -> jax.Array:
-        """t of the stream x; `attend` knows where keys and values come from, the adapter is that of this use."""
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        ctx: Context,
+        attend: Attend,
+        adapter: "Adapter | None",
+        attention_adapter: "AttentionAdapter | None",
+    ) -> jax.Array:
+        """t of the stream x; `attend` knows where keys and values come from, the adapters are those of this use."""
         both_BTE = self.norm(jnp.concatenate([x_BTD, ctx.published[EMBEDDING]["stream"]], axis=-1))
         q_BTNH, k_BTKH, v_BTKH = self.query(both_BTE), self.key(both_BTE), self.value(both_BTE)
+        if attention_adapter is not None:
+            q_BTNH = q_BTNH + attention_adapter.query(both_BTE)
+            k_BTKH = k_BTKH + attention_adapter.key(both_BTE)
+            v_BTKH = v_BTKH + attention_adapter.value(both_BTE)
         if self.config.rope_base is not None:
             q_BTNH, k_BTKH = (apply_rope(x, ctx.positions, base=self.config.rope_base) for x in (q_BTNH, k_BTKH))
         q_BTNH, k_BTKH, v_BTKH = (save_point(x, "attention_qkv") for x in (q_BTNH, k_BTKH, v_BTKH))
@@ -117,8 +128,30 @@ class Adapter(nnx.Module):
         self.up = Linear(low, hidden, init=zeros)
 
 
+class LowRank(nnx.Module):
+    """(x A) B through `rank` channels, zero at the start."""
+
+    def __init__(self, inputs: int, rank: int, outputs: tuple[tuple[str | None, int], ...]):
+        self.down = Linear((("embed", inputs),), ((None, rank),))
+        self.up = Linear(((None, rank),), outputs, init=zeros)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.up(self.down(x))
+
+
+class AttentionAdapter(nnx.Module):
+    """What one use adds to the shared queries, keys and values."""
+
+    def __init__(self, d_model: int, transformer: SharedTransformer, rank: int):
+        n, k, h = transformer.num_heads, transformer.kv_heads, transformer.head_dim
+        keys = ((shared_axis(k), k), ("head_dim", h))
+        self.query = LowRank(2 * d_model, rank, (("heads", n), ("head_dim", h)))
+        self.key = LowRank(2 * d_model, rank, keys)
+        self.value = LowRank(2 * d_model, rank, keys)
+
+
 class ZambaLayer(SequenceMixerConfig):
-    """y = memory(norm(x + W t)), t what the shared transformer makes of [x ; e]; W and the adapter are this layer's own.
+    """y = memory(norm(x + W t)), t what the shared transformer makes of [x ; e]; W and the adapters are this layer's own.
 
     Parameters of the transformer belong to the stack (`stack.shared.<name>`); every layer that names it shares them. Keys and
     values are cached by each layer for itself.
@@ -128,6 +161,7 @@ class ZambaLayer(SequenceMixerConfig):
         transformer: what it is; the same in all layers that name it.
         memory: the recurrent mixer behind it.
         adapter_rank: rank of what this layer adds to the first projections of the shared MLP; None adds nothing.
+        attention_adapter: it adds as much to the shared queries, keys and values, as in the 1.2B model.
         norm_eps: of the norm in front of the recurrent mixer.
     """
 
@@ -139,10 +173,13 @@ class ZambaLayer(SequenceMixerConfig):
     transformer: SharedTransformer
     memory: SequenceMixerConfig
     adapter_rank: int | None = 128
+    attention_adapter: bool = False
     norm_eps: float = 1e-5
 
     def problems(self) -> Iterator[Problem]:
         yield from not_positive(self, "adapter_rank")
+        if self.attention_adapter and self.adapter_rank is None:
+            yield Problem("attention_adapter", True, "has no rank", "set adapter_rank")
         if self.memory.context not in ("carry", "halo"):
             yield Problem("memory", type(self.memory).__name__, "is not a recurrent mixer", "use Mamba2, Mamba or another")
 
@@ -157,6 +194,9 @@ class ZambaLayer(SequenceMixerConfig):
 
     def flops_per_token(self, d_model: int, seq_len: int) -> float:
         adapter = 2 * (self.adapter_rank or 0) * (d_model + 2 * self.transformer.d_ff)
+        if self.attention_adapter:
+            t = self.transformer
+            adapter += 2 * (self.adapter_rank or 0) * (6 * d_model + (t.num_heads + 2 * t.kv_heads) * t.head_dim)
         own = 2 * d_model * d_model + adapter + self.memory.flops_per_token(d_model, seq_len)
         return own + self.transformer.flops_per_token(d_model, seq_len)
 
@@ -171,7 +211,7 @@ class ZambaLayer(SequenceMixerConfig):
     def example(cls) -> tuple["ZambaLayer", BuildInfo]:
         transformer = SharedTransformer(num_heads=4, num_kv_heads=2, head_dim=8, d_ff=24, rope_base=100.0)
         memory = Mamba2(num_heads=4, head_dim=8, state_dim=8)
-        config = cls(name="block", transformer=transformer, memory=memory, adapter_rank=4)
+        config = cls(name="block", transformer=transformer, memory=memory, adapter_rank=4, attention_adapter=True)
         return config, BuildInfo(d_model=32, num_sub_layers=4, vocab_size=64)
 
 
@@ -181,6 +221,8 @@ class ZambaLayerMixer(Mixer):
         d, stream = info.d_model, (("embed", info.d_model),)
         rank = config.adapter_rank
         self.adapter = None if rank is None else Adapter(d, config.transformer.d_ff, rank)
+        attends = rank is not None and config.attention_adapter
+        self.attention_adapter = AttentionAdapter(d, config.transformer, rank) if attends else None
         self.join = Linear(stream, ((None, d),), init=fan_in(d))
         self.norm = RMSNorm(d, axis="embed", eps=config.norm_eps)
         self.memory = config.memory.build(info)
@@ -211,7 +253,7 @@ class ZambaLayerMixer(Mixer):
 
     def _input(self, x_BTD: jax.Array, ctx: Context, attend: Attend) -> jax.Array:
         """What the recurrent mixer gets."""
-        shared_BTD = ctx.shared[self.config.name](x_BTD, ctx, attend, self.adapter)
+        shared_BTD = ctx.shared[self.config.name](x_BTD, ctx, attend, self.adapter, self.attention_adapter)
         return self.norm(x_BTD + self.join(shared_BTD))
 
     def _options(self) -> dict[str, Any]:

@@ -28,10 +28,11 @@ def read(f: Fields) -> LMConfig:
         f.get(name)
     f.only("add_bias_linear", False, default=False)
     f.only("hidden_act", "gelu", default="gelu")
-    f.only("use_shared_attention_adapter", False, default=False)
     f.only("use_long_context", False, default=False)
     memory, transformer = _read_mamba(f, d), _read_transformer(f, d, eps)
-    count, rank = f.get("num_mem_blocks", 1), f.get("adapter_rank", 128)
+    count, rank, attends = f.get("num_mem_blocks", 1), f.get("adapter_rank", 128), f.get("use_shared_attention_adapter", False)
+    if attends and transformer.kv_heads != transformer.num_heads:
+        f.refuse("num_key_value_heads", transformer.kv_heads, "must be num_attention_heads beside use_shared_attention_adapter")
     kinds = [_OLD.get(kind, kind) for kind in f.need("layers_block_type")]
     f.get("num_hidden_layers")
     for kind in sorted(set(kinds) - {"linear_attention", "hybrid"}):
@@ -40,7 +41,7 @@ def read(f: Fields) -> LMConfig:
     for kind in kinds:
         mixer = memory
         if kind == "hybrid":
-            names = {"name": f"shared_{uses % count}", "adapter_rank": rank, "norm_eps": eps}
+            names = {"name": f"shared_{uses % count}", "adapter_rank": rank, "attention_adapter": attends, "norm_eps": eps}
             mixer = ZambaLayer(transformer=transformer, memory=memory, **names)
             uses += 1
         blocks.append(Block(mixers=(mixer,), norm_eps=eps))
@@ -97,6 +98,7 @@ def write(config: LMConfig) -> dict[str, Any]:
         "layers_block_type": ["hybrid" if isinstance(mixer, ZambaLayer) else "linear_attention" for mixer in mixers],
         "num_mem_blocks": len({use.name for use in uses}),
         "adapter_rank": uses[0].adapter_rank,
+        "use_shared_attention_adapter": uses[0].attention_adapter,
         "num_attention_heads": transformer.num_heads,
         "num_key_value_heads": transformer.kv_heads,
         "intermediate_size": transformer.d_ff,
@@ -143,10 +145,20 @@ def links(config: LMConfig) -> Iterator[Link]:
         yield linear(f"{ours}mixer.adapter.down.kernel", f"{adapter}0.weight", rank, d)
         halves = ((f"{ours}mixer.adapter.gate.kernel", width), (f"{ours}mixer.adapter.up.kernel", width))
         yield fused_linear(f"{adapter}1.weight", rank, halves)
+        if mixer.attention_adapter:
+            yield from _adapter_links(mixer, d, f"{ours}mixer.attention_adapter.", f"{home}self_attn.linear_", uses)
         yield linear(f"{ours}mixer.join.kernel", f"{theirs}linear.weight", d, d)
         yield vector(f"{ours}mixer.norm.scale", f"{theirs}mamba_decoder.input_layernorm.weight", d)
         yield from mamba2_links(mixer.memory, d, f"{ours}mixer.memory.", f"{theirs}mamba_decoder.mamba.")
         uses += 1
+
+
+def _adapter_links(mixer: ZambaLayer, d: int, ours: str, theirs: str, use: int) -> Iterator[Link]:
+    for name in ("query", "key", "value"):
+        place = f"{theirs}{name[0]}_adapter_list.{use}."
+        yield linear(f"{ours}{name}.down.kernel", f"{place}0.weight", mixer.adapter_rank, 2 * d)
+        width = mixer.transformer.num_heads * mixer.transformer.head_dim
+        yield linear(f"{ours}{name}.up.kernel", f"{place}1.weight", width, mixer.adapter_rank)
 
 
 def _transformer_links(t: SharedTransformer, d: int, ours: str, theirs: str) -> Iterator[Link]:
