@@ -1,16 +1,16 @@
-"""Tokens to the experts that run them, over the `expert` axis: no token dropped unless a capacity is asked for.
+"""Tokens to the experts that run them, over the `expert` axis. Nothing is dropped here.
 
 Every device sorts its own (token, slot) pairs by expert. With the experts split, the rows of each owner go to it in a
 buffer of fixed size by all-to-all, are sorted there among its experts, and come back the way they went. All moves are
 gathers, and so are their gradients: each map between rows knows its inverse.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from mlt.parallel import sequence
 from mlt.parallel.local import STREAM, TOKENS, Axes, local
 from mlt.parallel.rules import LOGICAL_TO_MESH, Rules
 
@@ -27,60 +27,78 @@ def run_experts(
     x_BTD: jax.Array,
     experts_BTA: jax.Array,
     weights_BTA: jax.Array,
-    is_token_BT: jax.Array,
     *,
-    capacity_factor: float | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """y = sum over a token's chosen experts of weight * network(x), and how many (token, expert) pairs were dropped.
+    capacity: int | None = None,
+) -> jax.Array:
+    """y = sum over a token's chosen experts of weight * network(x).
 
     Args:
         network: (rows (R, D) sorted by expert, rows per expert (E,), *kernels) -> (R, D); rows behind the last group are
             padding and must come out as zero. With split hidden units it gives each shard's part of the sum.
         kernels: parameters with experts first.
         kernel_axes: their logical axes inside; a dim that is split over `fsdp` is gathered.
-        x_BTD, experts_BTA, weights_BTA: tokens, the experts each one chose, and the weights of their outputs.
-        is_token_BT: False at padding, which goes nowhere.
-        capacity_factor: rows that an expert shard takes from each device, as a multiple of an even share. None makes room
-            for the worst case. With a factor, what a document computes may depend on its neighbours.
+        x_BTD, experts_BTA, weights_BTA: tokens, the experts each one chose, all different, and the weights of their
+            outputs. E, the number of experts, stands for none.
+        capacity: how many tokens of a row go to one expert at most, if that is known (`within_capacity`): buffers between
+            devices are made for as many, else for the worst case.
 
     Returns:
-        y (B, T, D) in the dtype of x, and the dropped pairs, () int32.
+        y (B, T, D) in the dtype of x.
     """
     choice = (*TOKENS, None)
-    inputs = (STREAM, choice, choice, TOKENS, *kernel_axes)
+    inputs = (STREAM, choice, choice, *kernel_axes)
+    shards = rules.size("experts")
 
-    def run(x, experts, weights, is_token, *kernels):
+    def run(x, experts, weights, *kernels):
         dims = x.shape
         if x.size == 0:
-            return x, jnp.zeros((), jnp.int32)
-        E = kernels[0].shape[0] * rules.size("experts")
-        experts = jnp.where(is_token[..., None], experts, E).reshape(-1, experts.shape[-1])
-        order_R = jnp.argsort(experts.reshape(-1), stable=True)
-        place_R = _inverse(order_R)
-        rows_RD = _spread(x.reshape(-1, dims[-1]), order_R, place_R.reshape(experts.shape))
-        starts = jnp.searchsorted(experts.reshape(-1)[order_R], jnp.arange(E + 1))
-        if rules.size("experts") == 1:
-            y_RD, dropped = network(rows_RD, jnp.diff(starts).astype(jnp.int32), *kernels), jnp.zeros((), jnp.int32)
+            return x
+        own = kernels[0].shape[0]
+        # Rows that one owner may get from here: a token sends it no more than it has slots, and than the owner has experts.
+        room = dims[0] * dims[1] * min(experts.shape[-1], own)
+        if capacity is not None:
+            room = min(room, dims[0] * own * min(dims[1], capacity))
+        experts = experts.reshape(-1, experts.shape[-1])
+        order_R, sorted_R = _sorted(experts.reshape(-1), own * shards)
+        place_NA = _inverse(order_R).reshape(experts.shape)
+        rows_RD = _spread(x.reshape(-1, dims[-1]), order_R, place_NA)
+        starts = jnp.searchsorted(sorted_R, jnp.arange(own * shards + 1))
+        if shards == 1:
+            y_RD = network(rows_RD, jnp.diff(starts).astype(jnp.int32), *kernels)
         else:
-            y_RD, dropped = _over_owners(network, kernels, rows_RD, starts, experts.shape, capacity_factor, rules.size("experts"))
-        y_NAD = _move(y_RD, place_R, order_R).reshape(*experts.shape, dims[-1])
-        y_ND = (y_NAD.astype(jnp.float32) * weights.reshape(*experts.shape, 1)).sum(1)
+            y_RD = _over_owners(network, kernels, rows_RD, starts, room, shards)
+        y_ND = _combine(y_RD, weights.reshape(experts.shape), order_R, place_NA)
         if rules.size("ffn") > 1:
             y_ND = jax.lax.psum(y_ND, LOGICAL_TO_MESH["ffn"])
-        if rules.mesh is not None and rules.mesh.size > 1:
-            dropped = jax.lax.psum(dropped, (*LOGICAL_TO_MESH["batch"], *LOGICAL_TO_MESH["seq"]))
-        return y_ND.astype(x.dtype).reshape(dims), dropped
+        return y_ND.astype(x.dtype).reshape(dims)
 
-    return local(run, rules, inputs, (STREAM, ()))(x_BTD, experts_BTA, weights_BTA, is_token_BT, *kernels)
+    return local(run, rules, inputs, STREAM)(x_BTD, experts_BTA, weights_BTA, *kernels)
 
 
-def _over_owners(network, kernels, rows_RD, starts, shape, capacity_factor, shards):
-    """The network on the owners of the experts; (y_RD, dropped pairs)."""
-    tokens, slots = shape
+def within_capacity(rules: Rules, experts_BTA: jax.Array, is_token_BT: jax.Array, num_experts: int, capacity: int) -> jax.Array:
+    """Which (token, expert) pairs are among the first `capacity` of their row and expert, (B, T, A) bool.
+
+    Tokens come in the row's order, so a pair does not depend on later ones, nor on how rows lie over devices.
+    """
+    shards = rules.size("seq")
+
+    def run(experts, is_token):
+        hits_BTE = (experts[..., None] == jnp.arange(num_experts)).any(-2) & is_token[..., None]
+        hits_BTE = hits_BTE.astype(jnp.int32)
+        before_BTE = jnp.cumsum(hits_BTE, axis=1) - hits_BTE
+        if shards > 1:
+            loads_SBE = jax.lax.all_gather(hits_BTE.sum(1), sequence.AXIS)
+            earlier_S11 = (jnp.arange(shards) < sequence.index())[:, None, None]
+            before_BTE += jnp.where(earlier_S11, loads_SBE, 0).sum(0)[:, None]
+        return jnp.take_along_axis(before_BTE, experts, axis=-1) < capacity
+
+    choice = (*TOKENS, None)
+    return local(run, rules, (choice, TOKENS), choice)(experts_BTA, is_token_BT)
+
+
+def _over_owners(network, kernels, rows_RD, starts, room, shards):
+    """The network on the owners of the experts; y_RD. Each owner gets at most `room` rows from here."""
     own = kernels[0].shape[0]
-    room = tokens * min(slots, own)
-    if capacity_factor is not None:
-        room = min(room, math.ceil(capacity_factor * tokens * slots / shards))
     first_O, end_O = starts[:-1:own], starts[own::own]
     at_OC = first_O[:, None] + jnp.arange(room)
     at_OC = jnp.where(at_OC < end_O[:, None], at_OC, -1)
@@ -88,9 +106,7 @@ def _over_owners(network, kernels, rows_RD, starts, shape, capacity_factor, shar
     row_R = jnp.arange(rows_RD.shape[0])
     owner_R = jnp.searchsorted(end_O, row_R, side="right")
     nth_R = row_R - first_O[jnp.minimum(owner_R, shards - 1)]
-    sent_R = (owner_R < shards) & (nth_R < room)
-    slot_R = jnp.where(sent_R, owner_R * room + nth_R, -1)
-    dropped = jnp.sum((owner_R < shards) & ~sent_R, dtype=jnp.int32)
+    slot_R = jnp.where(owner_R < shards, owner_R * room + nth_R, -1)
     # The expert of each buffer row, counted from the owner's first; `own` for an empty one, behind all of them.
     expert_OC = jnp.searchsorted(starts, at_OC, side="right") - 1 - jnp.arange(shards)[:, None] * own
     expert_OC = jnp.where(at_OC >= 0, expert_OC, own)
@@ -99,12 +115,22 @@ def _over_owners(network, kernels, rows_RD, starts, shape, capacity_factor, shar
         return jax.lax.all_to_all(x, AXIS, split_axis=0, concat_axis=0, tiled=True)
 
     got_MD = exchange(_move(rows_RD, at_OC.reshape(-1), slot_R))
-    expert_M = exchange(expert_OC).reshape(-1)
-    order_M = jnp.argsort(expert_M, stable=True)
+    order_M, sorted_M = _sorted(exchange(expert_OC).reshape(-1), own)
     place_M = _inverse(order_M)
-    sizes_E = jnp.diff(jnp.searchsorted(expert_M[order_M], jnp.arange(own + 1))).astype(jnp.int32)
+    sizes_E = jnp.diff(jnp.searchsorted(sorted_M, jnp.arange(own + 1))).astype(jnp.int32)
     y_MD = _move(network(_move(got_MD, order_M, place_M), sizes_E, *kernels), place_M, order_M)
-    return _move(exchange(y_MD), slot_R, at_OC.reshape(-1)), dropped
+    return _move(exchange(y_MD), slot_R, at_OC.reshape(-1))
+
+
+def _sorted(experts_R: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
+    """(which pair stands where, its expert) of the pairs by expert and, within one, in their order; `num_experts` is last."""
+    size = experts_R.size
+    if (num_experts + 1) * size >= 2**31:
+        order_R = jnp.argsort(experts_R, stable=True)
+        return order_R, experts_R[order_R]
+    # Expert and number in one word: a sort of one array takes a third of the time.
+    key_R = jax.lax.sort(experts_R.astype(jnp.int32) * size + jnp.arange(size, dtype=jnp.int32), is_stable=False)
+    return key_R % size, key_R // size
 
 
 def _inverse(order_R: jax.Array) -> jax.Array:
@@ -116,7 +142,7 @@ def _inverse(order_R: jax.Array) -> jax.Array:
 def _spread(x_ND: jax.Array, order_R: jax.Array, place_NA: jax.Array) -> jax.Array:
     """Sorted row r is the token of the (token, slot) pair `order_R[r]`; `place_NA` says where each pair went.
 
-    The gradient of a token is the sum over its slots, in their order, in float32: another gather and no scatter.
+    The gradient of a token is the sum over its slots, in their order, in float32: gathers and no scatter.
     """
     return _take(x_ND, order_R // place_NA.shape[1])
 
@@ -126,10 +152,40 @@ def _spread_fwd(x_ND, order_R, place_NA):
 
 
 def _spread_bwd(place_NA, grad_RD):
-    return _take(grad_RD, place_NA).astype(jnp.float32).sum(1).astype(grad_RD.dtype), None, None
+    return sum(_slots(grad_RD, place_NA)).astype(grad_RD.dtype), None, None
 
 
 _spread.defvjp(_spread_fwd, _spread_bwd)
+
+
+@jax.custom_vjp
+def _combine(y_RD: jax.Array, weights_NA: jax.Array, order_R: jax.Array, place_NA: jax.Array) -> jax.Array:
+    """The weighted sum of each token's rows, over its slots in their order, (N, D) float32.
+
+    One slot at a time, forward and backward: on a CPU an (N, A, D) array would cost more than all else here.
+    """
+    parts = zip(weights_NA.T, _slots(y_RD, place_NA), strict=True)
+    return sum(weight_N[:, None] * y_ND for weight_N, y_ND in parts)
+
+
+def _combine_fwd(y_RD, weights_NA, order_R, place_NA):
+    return _combine(y_RD, weights_NA, order_R, place_NA), (y_RD, weights_NA, order_R, place_NA)
+
+
+def _combine_bwd(saved, grad_ND):
+    y_RD, weights_NA, order_R, place_NA = saved
+    weight_R = _take(weights_NA.reshape(-1), order_R)
+    grad_RD = (weight_R[:, None] * _take(grad_ND, order_R // place_NA.shape[1])).astype(y_RD.dtype)
+    grad_NA = jnp.stack([(y_ND * grad_ND).sum(-1) for y_ND in _slots(y_RD, place_NA)], axis=-1)
+    return grad_RD, grad_NA.astype(weights_NA.dtype), None, None
+
+
+_combine.defvjp(_combine_fwd, _combine_bwd)
+
+
+def _slots(rows_RD: jax.Array, place_NA: jax.Array) -> list[jax.Array]:
+    """The rows of every token's first slot, second slot, ..., each (N, D) float32."""
+    return [_take(rows_RD, place_N).astype(jnp.float32) for place_N in place_NA.T]
 
 
 @jax.custom_vjp

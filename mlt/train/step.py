@@ -15,7 +15,9 @@ from mlt.nn.param import merge, partition
 from mlt.optim.table import apply_updates, gradient_norm, rows_only_if, scaled, without
 from mlt.parallel.rules import Rules
 from mlt.train import sparse
+from mlt.train.distill import Taught, Teacher, distilled_losses, moved
 from mlt.train.guard import GuardConfig, choose, judge
+from mlt.train.router_load import load_metrics
 from mlt.train.state import TrainState
 
 
@@ -32,6 +34,7 @@ class StepOptions:
         z_loss: weight of the squared log-partition.
         gradient_places: shardings of the gradients where they differ from the parameters' (`mesh.zero = 2`).
         guard: which updates are left out.
+        teacher: what the model learns from beside the data; its arrays are given to the step as an argument.
     """
 
     rules: Rules
@@ -42,10 +45,16 @@ class StepOptions:
     z_loss: float = 0.0
     gradient_places: Any = None
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
+    teacher: Teacher | None = None
 
 
 def train_step(
-    state: TrainState, batch: Batch, *, optimizer: optax.GradientTransformation, options: StepOptions
+    state: TrainState,
+    batch: Batch,
+    teacher: Teacher | None = None,
+    *,
+    optimizer: optax.GradientTransformation,
+    options: StepOptions,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer update on a global batch; (new state, float32 scalars to log).
 
@@ -55,9 +64,10 @@ def train_step(
     """
     trained, buffers = partition(state.model)
     total_weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+    losses_of = token_losses if teacher is None else functools.partial(distilled_losses, teacher)
 
     def objective(trained: LM, micro: Batch) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-        losses, aux = token_losses(
+        losses, aux = losses_of(
             merge(trained, buffers),
             micro,
             options.rules,
@@ -86,11 +96,12 @@ def train_step(
     if options.guard.skips:
         grads = rows_only_if(accept, grads)
     updates, opt_state = optimizer.update(grads, state.optimizer, trained)
-    model = merge(apply_updates(trained, updates), buffers).updated(aux)
+    model = moved(merge(apply_updates(trained, updates), buffers), aux, teacher)
     if options.guard.skips:
         model, opt_state = sparse.kept(accept, (model, opt_state), (state.model, state.optimizer), lazy, choose)
     metrics = {"train/loss": loss, "train/grad_norm": norm, **told}
     metrics |= {f"aux/{name.split('/', 1)[1]}": value for name, value in reduce_aux(aux)[1].items()}
+    metrics |= load_metrics(state.model.config.stack, aux)
     return TrainState(state.step + 1, model, opt_state, state.key, guard), metrics
 
 
@@ -102,7 +113,8 @@ def jit_train_step(abstract: TrainState, optimizer: optax.GradientTransformation
     """
     step = functools.partial(train_step, optimizer=optimizer, options=options)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+    return jitted if options.teacher is None else Taught(jitted, options.teacher)
 
 
 def _accumulate(gradient, trained, batch, options):

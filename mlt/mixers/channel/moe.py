@@ -1,19 +1,20 @@
-"""Mixture of experts: each token runs a few of many feed-forward experts; no token is ever dropped."""
+"""Mixture of experts: each token runs a few of many feed-forward experts."""
 
+import math
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from mlt_kernels import grouped_matmul
 
 from mlt.config.problems import Problem
+from mlt.mixers import routing
 from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, Mixer, save_point
 from mlt.mixers.channel.swiglu import SwiGLU
 from mlt.nn.param import buffer, fan_in, param, zeros
 from mlt.parallel import ops
-from mlt.parallel.expert import run_experts
-from mlt.parallel.local import TOKENS
+from mlt.parallel.expert import run_experts, within_capacity
 from mlt.parallel.rules import Rules
 
 
@@ -24,10 +25,16 @@ class MoE(ChannelMixerConfig):
     weights come from the scores alone, and after each step the bias of an expert with less than its share of tokens
     rises by `bias_update_rate`, that of one with more falls. The softmax router is the classic one (arXiv 2101.03961).
 
-    Both losses are a coefficient times a mean over rows, so cutting a batch into micro-batches of rows does not move
-    them. `balance_loss` weighs a value that is 1 where a row spreads its tokens evenly and
-    num_experts / num_experts_per_token where all of them go to the same experts (coefficients of code bases that
-    normalize otherwise do not carry over); `z_loss` weighs the mean square of the log-sum-exp of the router's logits.
+    A balance loss is a coefficient times a value that is 1 where tokens are spread evenly and
+    num_experts / num_experts_per_token where all of them go to the same experts, so coefficients of code bases that
+    normalize otherwise do not carry over. `balance_loss` takes the value of each row and the mean over rows
+    (DeepSeek-V3's sequence-wise loss), `global_balance_loss` that of the whole batch on all devices (arXiv 2501.11873).
+    `z_loss` weighs the mean over rows of the mean square of the log-sum-exp of the router's logits. Means over rows do not
+    move when a batch is cut into micro-batches; the global value is then that of a micro-batch. Balance losses couple
+    documents: that of a row those packed together, the global one all.
+
+    With `chunk_len` the experts are chosen once for so many tokens, counted from the document's start (Hydra, arXiv
+    2508.15099): by the first of them, since the mean over a chunk would tell its tokens of later ones.
 
     Attributes:
         num_experts: routed experts (E).
@@ -43,9 +50,12 @@ class MoE(ChannelMixerConfig):
         groups_per_token: ... and a token chooses inside its best groups_per_token groups.
         bias_update_rate: of the sigmoid router; None means 0.001. 0 keeps the biases where they are.
         balance_loss: coefficient of the row-wise balance loss.
+        global_balance_loss: coefficient of the balance loss over the batch.
         z_loss: coefficient of the z-loss.
-        capacity_factor: rows that a shard of the experts takes from each device, as a multiple of an even share; what is
-            over is dropped and counted, and documents compete for room. None drops nothing.
+        chunk_len: tokens that share their experts and weights; None routes token by token.
+        capacity_factor: tokens of a row that an expert takes in training, as a multiple of an even share; what comes later
+            in the row is dropped and counted, so documents compete for room. The same on every mesh. None, and decoding
+            and evaluation always, drop nothing.
         kernel: backend of the grouped matrix product; None takes the best available, a name is strict.
     """
 
@@ -64,7 +74,9 @@ class MoE(ChannelMixerConfig):
     groups_per_token: int = 1
     bias_update_rate: float | None = None
     balance_loss: float = 0.0
+    global_balance_loss: float = 0.0
     z_loss: float = 0.0
+    chunk_len: int | None = None
     capacity_factor: float | None = None
     kernel: str | None = None
 
@@ -77,12 +89,22 @@ class MoE(ChannelMixerConfig):
         """Hidden width of the shared experts together."""
         return self.num_shared_experts * self.d_ff if self.shared_d_ff is None else self.shared_d_ff
 
+    @property
+    def left_context(self) -> int:
+        return 0 if self.chunk_len is None else self.chunk_len - 1
+
+    def capacity(self, length: int) -> int | None:
+        """Tokens of a row of this length that an expert takes in training; None takes them all."""
+        if self.capacity_factor is None:
+            return None
+        return math.ceil(self.capacity_factor * length * self.num_experts_per_token / self.num_experts)
+
     def problems(self) -> Iterator[Problem]:
         for name in ("num_experts", "num_experts_per_token", "d_ff", "num_groups", "groups_per_token"):
             if getattr(self, name) < 1:
                 yield Problem(name, getattr(self, name), "must be at least 1")
                 return
-        for name in ("num_shared_experts", "balance_loss", "z_loss", "bias_update_rate"):
+        for name in ("num_shared_experts", "balance_loss", "global_balance_loss", "z_loss", "bias_update_rate"):
             if (getattr(self, name) or 0) < 0:
                 yield Problem(name, getattr(self, name), "must not be negative")
         if self.shared_d_ff is not None and self.shared_d_ff < 1:
@@ -92,6 +114,8 @@ class MoE(ChannelMixerConfig):
                 yield Problem(name, getattr(self, name), "is read with shared experts alone", "set num_shared_experts")
         if self.capacity_factor is not None and self.capacity_factor <= 0:
             yield Problem("capacity_factor", self.capacity_factor, "must be positive", "None drops nothing")
+        if self.chunk_len is not None and self.chunk_len < 2:
+            yield Problem("chunk_len", self.chunk_len, "must be at least 2", "None routes token by token")
         if self.num_experts_per_token > self.num_experts:
             rule = f"must be at most num_experts = {self.num_experts}"
             yield Problem("num_experts_per_token", self.num_experts_per_token, rule)
@@ -125,7 +149,7 @@ class MoE(ChannelMixerConfig):
         return 6 * d_model * active + 2 * d_model * self.num_experts + gate
 
     def state_size(self, d_model: int, seq_len: int) -> int:
-        return 0
+        return 0 if self.chunk_len is None else self.num_experts
 
     def inactive_params(self, d_model: int) -> int:
         return 3 * d_model * self.d_ff * (self.num_experts - self.num_experts_per_token)
@@ -149,14 +173,21 @@ class MoEMixer(Mixer):
         self.shared_gate = param((d,), ("embed",), fan_in(d), group="matrix") if config.shared_gate else None
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
-        logits_BTE, scores_BTE = self.scores(x_BTD)
-        experts_BTA, weights_BTA = self.choose(scores_BTE, ctx.rules)
-        load_BE = _row_load(experts_BTA, ctx.is_token, self.config.num_experts)
-        y_BTD, dropped = self._run_experts(x_BTD, experts_BTA, weights_BTA, ctx)
-        if self.shared is not None:
-            y_BTD = y_BTD + self._shared(x_BTD, ctx)
-        y_BTD = ctx.rules.constrain(y_BTD, ("batch", "seq", "stream"))
-        return y_BTD, self._aux(logits_BTE, scores_BTE, load_BE, dropped, ctx) if ctx.train else {}
+        logits_BTE = self.logits(x_BTD)
+        if self.config.chunk_len is not None:
+            logits_BTE = routing.chunk_heads(logits_BTE, ctx.positions, self.config.chunk_len, ctx.rules)
+        return self._routed(x_BTD, logits_BTE, ctx)
+
+    def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
+        """The logits that chose the last token's experts, where experts are chosen by chunks."""
+        return {} if self.config.chunk_len is None else {"logits": jnp.zeros((batch, self.config.num_experts))}
+
+    def step(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any]:
+        logits_BTE = self.logits(x_BTD)
+        if self.config.chunk_len is not None:
+            logits_BTE = routing.from_heads(logits_BTE, ctx.positions, self.config.chunk_len, state["logits"])
+            state = {"logits": logits_BTE[:, -1]}
+        return self._routed(x_BTD, logits_BTE, ctx)[0], state
 
     def updated(self, aux: Mapping[str, jax.Array]) -> "MoEMixer":
         """Move each router bias by the update rate towards an even load; `aux["count/load"]` is the whole step's."""
@@ -168,10 +199,12 @@ class MoEMixer(Mixer):
         moved.router_bias = self.router_bias.replace(self.router_bias[...] + move)
         return moved
 
-    def scores(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Logits and scores of every expert, (B, T, E) float32."""
-        logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), self.router[...], precision=jax.lax.Precision.HIGHEST)
-        return logits_BTE, (jax.nn.sigmoid if self.config.router == "sigmoid" else jax.nn.softmax)(logits_BTE)
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """The router's logit of every expert, (B, T, E) float32."""
+        return jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), self.router[...], precision=jax.lax.Precision.HIGHEST)
+
+    def scores(self, logits_BTE: jax.Array) -> jax.Array:
+        return (jax.nn.sigmoid if self.config.router == "sigmoid" else jax.nn.softmax)(logits_BTE)
 
     def choose(self, scores_BTE: jax.Array, rules: Rules) -> tuple[jax.Array, jax.Array]:
         """The experts of each token, best first, and the weights of their outputs: (B, T, A) int32 and float32."""
@@ -180,8 +213,8 @@ class MoEMixer(Mixer):
         if self.router_bias is not None:
             ranked_BTE = ranked_BTE + self.router_bias[...]
         if config.groups_per_token < config.num_groups:
-            ranked_BTE = _inside_best_groups(ranked_BTE, config.num_groups, config.groups_per_token, rules)
-        experts_BTA = ops.top_k(rules, ranked_BTE, config.num_experts_per_token, (*TOKENS, None))[1]
+            ranked_BTE = routing.inside_best_groups(ranked_BTE, config.num_groups, config.groups_per_token, rules)
+        experts_BTA = ops.top_k(rules, ranked_BTE, config.num_experts_per_token, routing.EACH_EXPERT)[1]
         weights_BTA = jnp.take_along_axis(scores_BTE, experts_BTA, axis=-1)
         if config.renormalize:
             weights_BTA = weights_BTA / (weights_BTA.sum(-1, keepdims=True) + 1e-20)
@@ -194,21 +227,45 @@ class MoEMixer(Mixer):
         gate_BT = jnp.dot(x_BTD, self.shared_gate[...].astype(x_BTD.dtype), preferred_element_type=jnp.float32)
         return y_BTD * jax.nn.sigmoid(gate_BT)[..., None].astype(y_BTD.dtype)
 
+    def _routed(self, x_BTD, logits_BTE, ctx):
+        config = self.config
+        scores_BTE = self.scores(logits_BTE)
+        experts_BTA, weights_BTA = self.choose(scores_BTE, ctx.rules)
+        y_BTD, dropped = self._run_experts(x_BTD, experts_BTA, weights_BTA, ctx)
+        if self.shared is not None:
+            y_BTD = y_BTD + self._shared(x_BTD, ctx)
+        y_BTD = ctx.rules.constrain(y_BTD, ("batch", "seq", "stream"))
+        if not ctx.train:
+            return y_BTD, {}
+        load_BE = routing.row_load(experts_BTA, ctx.is_token, config.num_experts)
+        aux = {"count/load": load_BE.sum(0), **routing.told(logits_BTE, ctx.is_token, self._bias())}
+        if dropped is not None:
+            aux["count/dropped"] = dropped
+        balance = (scores_BTE, load_BE, ctx.is_token, config.num_experts_per_token)
+        if config.balance_loss:
+            aux["loss/balance"] = config.balance_loss * routing.row_balance(*balance)
+        if config.global_balance_loss:
+            aux["loss/global_balance"] = config.global_balance_loss * routing.global_balance(*balance)
+        if config.z_loss:
+            aux["loss/z"] = config.z_loss * routing.z_term(logits_BTE, ctx.is_token)
+        return y_BTD, aux
+
+    def _bias(self):
+        return None if self.router_bias is None else self.router_bias[...]
+
     def _run_experts(self, x_BTD, experts_BTA, weights_BTA, ctx):
-        """Every token through its experts; (y, dropped pairs)."""
+        """Every token through its experts; (y, dropped pairs or None)."""
+        takes_BTA, dropped = ctx.is_token[..., None], None
+        capacity = self.config.capacity(x_BTD.shape[1]) if ctx.train else None
+        if capacity is not None:
+            fits_BTA = within_capacity(ctx.rules, experts_BTA, ctx.is_token, self.config.num_experts, capacity)
+            dropped = jnp.sum(takes_BTA & ~fits_BTA, dtype=jnp.int32)
+            takes_BTA = takes_BTA & fits_BTA
+        experts_BTA = jnp.where(takes_BTA, experts_BTA, self.config.num_experts)
         kernels = tuple(kernel[...].astype(x_BTD.dtype) for kernel in (self.gate, self.up, self.down))
-        wide, narrow = ("experts", None, "ffn"), ("experts", "ffn", None)
-        return run_experts(
-            ctx.rules,
-            self._network,
-            kernels,
-            (wide, wide, narrow),
-            x_BTD,
-            experts_BTA,
-            weights_BTA,
-            ctx.is_token,
-            capacity_factor=self.config.capacity_factor,
-        )
+        axes = (("experts", None, "ffn"), ("experts", None, "ffn"), ("experts", "ffn", None))
+        tokens = (x_BTD, experts_BTA, weights_BTA)
+        return run_experts(ctx.rules, self._network, kernels, axes, *tokens, capacity=capacity), dropped
 
     def _network(self, x_RD, sizes_E, gate_EDF, up_EDF, down_EFD):
         def product(rows, kernel):
@@ -217,37 +274,3 @@ class MoEMixer(Mixer):
         x_RD = save_point(x_RD, "expert_in")
         hidden_RF = save_point(jax.nn.silu(product(x_RD, gate_EDF)) * product(x_RD, up_EDF), "expert_hidden")
         return product(hidden_RF, down_EFD)
-
-    def _aux(self, logits_BTE, scores_BTE, load_BE, dropped, ctx):
-        config, load_E = self.config, load_BE.sum(0)
-        fair = load_E.sum() / config.num_experts
-        violation = jnp.where(fair > 0, load_E.max() / jnp.maximum(fair, 1e-9) - 1.0, 0.0)
-        aux = {"count/load": load_E, "metric/max_violation": violation}
-        if config.capacity_factor is not None:
-            aux["metric/dropped_pairs"] = dropped / jnp.maximum(load_E.sum(), 1)
-        is_token_BT = ctx.is_token.astype(jnp.float32)
-        tokens_B = jnp.maximum(is_token_BT.sum(1), 1.0)
-        if config.balance_loss:
-            share_BTE = scores_BTE / (scores_BTE.sum(-1, keepdims=True) + 1e-20)
-            share_BE = (share_BTE * is_token_BT[..., None]).sum(1) / tokens_B[:, None]
-            used_BE = load_BE * (config.num_experts / config.num_experts_per_token) / tokens_B[:, None]
-            aux["loss/balance"] = config.balance_loss * (used_BE * share_BE).sum(-1).mean()
-        if config.z_loss:
-            square_BT = jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1))
-            aux["loss/z"] = config.z_loss * ((square_BT * is_token_BT).sum(1) / tokens_B).mean()
-        return aux
-
-
-def _row_load(experts_BTA: jax.Array, is_token_BT: jax.Array, num_experts: int) -> jax.Array:
-    """Tokens of each row that go to each expert, (B, E) int32. Padding does not count."""
-    hits = experts_BTA[..., None] == jnp.arange(num_experts)
-    return (hits & is_token_BT[..., None, None]).sum((1, 2), dtype=jnp.int32)
-
-
-def _inside_best_groups(ranked_BTE: jax.Array, num_groups: int, kept: int, rules: Rules) -> jax.Array:
-    """Rule out the experts outside each token's best groups, a group being worth its two best experts."""
-    grouped = ranked_BTE.reshape(*ranked_BTE.shape[:-1], num_groups, ranked_BTE.shape[-1] // num_groups)
-    worth = ops.top_k(rules, grouped, 2, (*TOKENS, None, None))[0].sum(-1)
-    best = ops.top_k(rules, worth, kept, (*TOKENS, None))[1]
-    is_best = (best[..., None] == jnp.arange(num_groups)).any(-2)
-    return jnp.where(is_best[..., None], grouped, -jnp.inf).reshape(ranked_BTE.shape)
