@@ -48,6 +48,56 @@ class NgramTables:
         return sum(self.sizes)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class NgramHash:
+    """Everything that decides the rows of one layer, in host memory: its tables, constants and rules.
+
+    Attributes:
+        tables: sizes of the hash tables.
+        words_N2: multipliers, split by `split_words`.
+        token_map_V: compressed id of every token id; None where tokens keep theirs.
+        pad_token_id: token id read where an n-gram has no token, before compression.
+        cross_document: as in `ngram_rows`.
+    """
+
+    tables: NgramTables
+    words_N2: np.ndarray
+    token_map_V: np.ndarray | None
+    pad_token_id: int
+    cross_document: bool
+
+    @property
+    def pad_id(self) -> int:
+        return self.pad_token_id if self.token_map_V is None else int(self.token_map_V[self.pad_token_id])
+
+    def compressed(self, token_ids_BT: np.ndarray) -> np.ndarray:
+        """Compressed ids; a negative id is no token and stays negative."""
+        if self.token_map_V is None:
+            return token_ids_BT
+        return np.where(token_ids_BT < 0, token_ids_BT, self.token_map_V[np.maximum(token_ids_BT, 0)])
+
+    def rows(self, token_ids_BT: np.ndarray, segment_ids_BT: np.ndarray) -> Any:
+        """Rows of the flat table, as `ngram_rows` gives them, (B, T, S), of whole rows of tokens."""
+        arguments = (self.compressed(token_ids_BT), segment_ids_BT, self.words_N2, self.tables)
+        return ngram_rows(*arguments, pad_id=self.pad_id, cross_document=self.cross_document)
+
+    def ngrams(self, token_ids_BT: np.ndarray, segment_ids_BT: np.ndarray) -> list[np.ndarray]:
+        """Number of the n-gram at every token, for each order 2, 3, ...: (B, T) int64, equal for equal n-grams; -1 at padding."""
+        ids_BT = self.compressed(token_ids_BT)
+        slots = _slots(np, ids_BT, segment_ids_BT, len(self.tables.primes), self.pad_id, self.cross_document)
+        is_token, numbers, found = _is_token(ids_BT, segment_ids_BT), None, []
+        for slot_BT in slots:
+            slot_BT = slot_BT.astype(np.int64)
+            if numbers is None:
+                numbers = slot_BT
+                continue
+            # Numbered by what the last order was and the new slot: both are small, whatever n is.
+            key = numbers * (int(slot_BT.max(initial=0)) + 1) + slot_BT
+            numbers = np.unique(key, return_inverse=True)[1].reshape(key.shape)
+            found.append(np.where(is_token, numbers, -1))
+        return found
+
+
 def compression_map(texts: Sequence[str], raw_tokens: Sequence[str] | None = None) -> np.ndarray:
     """Compressed id of every token id, (V,) int32: tokens whose normalized texts agree share one.
 
@@ -149,26 +199,46 @@ def ngram_rows(
 def _rows(xp, ids_BT, segment_ids_BT, words_N2, tables, pad_id, cross_document):
     words = words_N2.astype(xp.int64)
     multiplier_N = (words[:, 0] << 32) | words[:, 1]
-    is_token = (ids_BT >= 0) & (segment_ids_BT > 0)
-    known = is_token
-    mix = xp.where(is_token, ids_BT, 0).astype(xp.int64) * multiplier_N[0]
-    parts = []
-    for shift, primes in enumerate(tables.primes, start=1):
-        before = _delayed(xp, ids_BT, shift)
-        if cross_document:
-            known = before >= 0
-        else:
-            same = _delayed(xp, segment_ids_BT, shift) == segment_ids_BT
-            known = known & same & (before >= 0)
-        mix = mix ^ (xp.where(known, before, pad_id).astype(xp.int64) * multiplier_N[shift])
+    is_token = _is_token(ids_BT, segment_ids_BT)
+    parts, mix = [], None
+    slots = _slots(xp, ids_BT, segment_ids_BT, len(tables.primes), pad_id, cross_document)
+    for shift, slot_BT in enumerate(slots):
+        product = slot_BT.astype(xp.int64) * multiplier_N[shift]
+        if mix is None:
+            mix = product
+            continue
+        mix = mix ^ product
         # Nothing here is negative, so the plain remainder is the modulus.
-        sizes = xp.asarray(np.array(primes, np.int64))
+        sizes = xp.asarray(np.array(tables.primes[shift - 1], np.int64))
         parts.append(xp.fmod(mix[..., None], sizes))
     rows = xp.concatenate(parts, axis=-1) + xp.asarray(np.array(tables.offsets, np.int64))
     rows = xp.where(is_token[..., None], rows, -1)
     if tables.num_rows < 2**31:
         return rows.astype(xp.int32)
     return (rows >> 32).astype(xp.int32), (rows & 0xFFFFFFFF).astype(xp.uint32)
+
+
+def whole_ids(rows: Any) -> np.ndarray:
+    """Rows as `ngram_rows` gives them for NumPy arrays, as one int64 each."""
+    return (rows[0].astype(np.int64) << 32) | rows[1] if isinstance(rows, tuple) else rows.astype(np.int64)
+
+
+def _is_token(ids_BT, segment_ids_BT):
+    return (ids_BT >= 0) & (segment_ids_BT > 0)
+
+
+def _slots(xp, ids_BT, segment_ids_BT, most, pad_id, cross_document):
+    """The id that an n-gram reads 0, 1, ..., `most` places to the left, (B, T) each; `pad_id` where there is no token."""
+    known = is_token = _is_token(ids_BT, segment_ids_BT)
+    yield xp.where(is_token, ids_BT, 0)
+    for shift in range(1, most + 1):
+        before = _delayed(xp, ids_BT, shift)
+        if cross_document:
+            known = before >= 0
+        else:
+            same = _delayed(xp, segment_ids_BT, shift) == segment_ids_BT
+            known = known & same & (before >= 0)
+        yield xp.where(known, before, pad_id)
 
 
 def _delayed(xp, values_BT, shift):

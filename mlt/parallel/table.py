@@ -13,6 +13,7 @@ Letters: N ids of a device, U distinct ones, O owners, C rows of one owner in on
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -52,6 +53,30 @@ class WideRows(NamedTuple):
 def split_rows(ids: Any) -> WideRows:
     """int64 ids, of NumPy or inside `jax.enable_x64`, as words."""
     return WideRows((ids >> 32).astype("int32"), (ids & 0xFFFFFFFF).astype("uint32"))
+
+
+ROWS_FIELD = "rows/"
+"""Fields of a batch that hold rows are called this and the layer's name; of words, also `/high` or `/low`."""
+
+
+def row_fields(name: str, rows: Any) -> dict[str, Any]:
+    """Rows as fields of a batch: a pair of words is two."""
+    if isinstance(rows, tuple):
+        return {f"{ROWS_FIELD}{name}/high": rows[0], f"{ROWS_FIELD}{name}/low": rows[1]}
+    return {f"{ROWS_FIELD}{name}": rows}
+
+
+def rows_in(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows by the layer's name, from the fields of a batch."""
+    found: dict[str, Any] = {}
+    for field, array in batch.items():
+        if field.startswith(ROWS_FIELD):
+            name, _, part = field.removeprefix(ROWS_FIELD).partition("/")
+            if not part:
+                found[name] = array
+            elif part == "high":
+                found[name] = WideRows(array, batch[f"{ROWS_FIELD}{name}/low"])
+    return found
 
 
 def row_ids(rows: jax.Array | WideRows, num_rows: int) -> jax.Array | WideRows:

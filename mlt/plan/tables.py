@@ -5,10 +5,13 @@ from typing import Any
 
 from mlt.config.run import RunConfig
 from mlt.mixers.channel.engram import Engram
+from mlt.mixers.channel.hierarchical_memory import HierarchicalMemory
+from mlt.mixers.sequence.value_embeddings import LaVEAttention, MoVEAttention
 from mlt.model.lm import LM
 from mlt.nn.param import partition
 from mlt.optim.table import assigned
 from mlt.parallel import table
+from mlt.train.residents import Resident, residents
 
 
 def table_lines(config: RunConfig, specs: LM) -> list[str]:
@@ -16,7 +19,15 @@ def table_lines(config: RunConfig, specs: LM) -> list[str]:
     lookups = [f"{name}: {how}" for name, how in dict(_crossings(config)).items()]
     own = assigned(config.optimizer.table_optimizers, partition(specs)[0])
     updates = [f"{name}: {type(optimizer).__name__}" + " by rows" * optimizer.lazy for name, optimizer in own.items()]
-    return lookups + updates
+    return lookups + updates + [_resident(one) for one in residents(config, specs)]
+
+
+def _resident(one: Resident) -> str:
+    whole, held = (one.nbytes(rows) / 2**20 for rows in (one.spec.shape[-2], one.held))
+    return (
+        f"{one.parameter}: {whole:,.1f} MiB in host memory, optimizer state included; {one.held:,} rows, {held:,.1f} MiB, "
+        "on the devices and each way a step"
+    )
 
 
 def _crossings(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -25,18 +36,29 @@ def _crossings(config: RunConfig) -> Iterator[tuple[str, str]]:
         return
     tokens = config.data.batch_size * config.data.sequence_length
     tokens //= config.train.grad_accumulation * config.mesh.batch_shards * config.mesh.context
+    rows = tokens * config.mesh.context // config.data.sequence_length
     for mixer in config.model.stack.mixers():
-        if mixer.op == "row_lookup":
-            shape = {**_reads(mixer, config.model.d_model), "tokens": tokens, "shards": shards}
+        reads = _reads(mixer, config.model.d_model, rows)
+        if reads is not None:
+            shape = {"tokens": tokens, **reads, "shards": shards}
             received = {name: table.sent_bytes(name, **shape) / 2**20 for name in table.STRATEGIES}
             taken = table.choose(**shape)
             others = ", ".join(f"{name} {size:,.2f}" for name, size in received.items() if name != taken)
             yield type(mixer).__name__, f"{taken}, {received[taken]:,.2f} MiB received by a device in a lookup (by {others})"
 
 
-def _reads(mixer: Any, d_model: int) -> dict[str, Any]:
+def _reads(mixer: Any, d_model: int, batch_rows: int) -> dict[str, Any] | None:
+    """What a mixer's lookup reads; None where it has none."""
     if isinstance(mixer, Engram):
         return {"slots": mixer.num_tables, "width": mixer.head_dim, "rows": mixer.tables.num_rows, "pooled": False}
+    if isinstance(mixer, LaVEAttention | MoVEAttention):
+        width = mixer.table_width
+        return {"slots": 1, "width": width, "rows": mixer.vocab_size, "pooled": False} if width else None
+    if isinstance(mixer, HierarchicalMemory):
+        read = {"slots": mixer.fetched_units, "width": 3 * d_model, "rows": mixer.num_rows, "pooled": False}
+        return {**read, "tokens": batch_rows * (mixer.max_runs + 1)}
+    if mixer.op != "row_lookup":
+        return None
     rows = mixer.num_rows if hasattr(mixer, "num_rows") else mixer.num_experts
     width = getattr(mixer, "value_dim", None) or d_model
     return {"slots": mixer.num_heads * mixer.num_selected, "width": width, "rows": rows, "pooled": True}

@@ -9,6 +9,7 @@ from mlt.model.count import count, decoding_bytes
 from mlt.model.edges import PARTS, SCANNED
 from mlt.model.lm import LM
 from mlt.model.stack import Stack
+from mlt.nn.param import named_leaves
 from mlt.parallel import ring
 from mlt.plan.tables import table_lines
 
@@ -41,11 +42,24 @@ def plan_text(config: RunConfig, specs: LM) -> str:
         f"mesh         {mesh}; about {_state_bytes(config, total.params) / 2**20:,.0f} MiB of parameters, gradients and AdamW "
         f"state per device",
         *([f"sequence     {'; '.join(_crossings(config))}"] if config.mesh.context > 1 else []),
+        *([f"distill      {_distilled(config, specs)}"] if config.train.distill else []),
         *([f"tables       {'; '.join(tables)}"] if (tables := table_lines(config, specs)) else []),
         f"memory       {'; '.join(config.remat.describe())}",
         f"backends     {', '.join(_backends(config))}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _distilled(config: RunConfig, specs: LM) -> str:
+    """What a student learns from its teacher, and how much of it does."""
+    distill: Any = config.train.distill
+    parameters = [spec for _, spec in named_leaves(specs) if spec.trainable]
+    trained = sum(spec.size for name, spec in named_leaves(specs) if spec.trainable and distill.trains(name))
+    step = "its last step" if distill.step is None else f"step {distill.step}"
+    of = f"{distill.match} of {distill.teacher} at {step}, whose parameters are held beside the state"
+    what = of if distill.listens else f"the data alone, with {distill.teacher} at {step} as teacher by name"
+    start = "" if distill.start is None else f"; starts from {distill.start}"
+    return f"{what}{start}; trains {trained:,} of {sum(spec.size for spec in parameters):,} parameters"
 
 
 def _state_bytes(config: RunConfig, params: int) -> float:

@@ -1,5 +1,7 @@
 """Engram: token compression, exact hashes, gate, decoding, packed documents."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,6 +113,24 @@ def test_published_row_counts(layers, base, orders, totals):
     assert tuple(tables[layer].num_rows for layer in layers) == totals
     sizes = [size for table in tables.values() for size in table.sizes]
     assert len(set(sizes)) == len(sizes)
+
+
+@pytest.mark.parametrize(
+    ("make", "rows", "d_memory", "conv"),
+    [
+        (Engram.as_in_paper, (36_199_972, 36_204_260), 1280, True),
+        (functools.partial(Engram.as_in_paper, rows_per_head=7_239_680), (115_837_464, 115_841_428), 1280, True),
+        (Engram.as_in_v4_1, (384_006_168, 384_016_682), 6144, False),
+    ],
+)
+def test_published_settings_have_the_published_sizes(make, rows, d_memory, conv):
+    layers = [make(number, (1, 14)) for number in (1, 14)]
+    assert tuple(layer.tables.num_rows for layer in layers) == rows
+    for layer in layers:
+        assert not list(layer.problems())
+        assert (layer.d_memory, layer.conv) == (d_memory, conv)
+        module = layer.build(BuildInfo(64, 2, 300, tuple(map(str, range(300)))))
+        assert (module.conv is not None) == conv
 
 
 @pytest.mark.parametrize("cross_document", [False, True])
@@ -376,6 +396,7 @@ def test_user_errors():
         ({"layer_id": 2}, "layer_id"),
         ({"rows_per_head": 2**62}, "rows_per_head"),
         ({"rows_per_head": 2**60}, "rows_per_head"),
+        ({"table_on": "host"}, "table_on"),
     ],
 )
 def test_problems(fields, path):

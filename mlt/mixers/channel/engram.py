@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from mlt.errors import UserError
 from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, Mixer, keep_where, resume_segment, save_point
 from mlt.mixers.conv import CausalConv
 from mlt.nn.linear import Linear
-from mlt.nn.ngram_hash import NgramTables, compression_map, multipliers, ngram_rows, ngram_tables, split_words
+from mlt.nn.ngram_hash import NgramHash, NgramTables, compression_map, multipliers, ngram_rows, ngram_tables, split_words
 from mlt.nn.norm import RMSNorm
 from mlt.nn.param import Buffer, buffer, fan_in, given, normal, param, zeros
 from mlt.parallel import ops
@@ -45,6 +45,11 @@ class Engram(ChannelMixerConfig):
         pad_token_id: read where an n-gram reaches over its document's start.
         cross_document: let n-grams and convolution read on across packed documents, as the published demo does.
         seed: of the hash multipliers.
+        hash_on: "host" lets the loader's threads compute the rows of a training batch, bit for bit those that the program
+            computes; wherever a batch brings none (evaluation, decoding, proofs) the program does, as it always does under
+            "device".
+        table_on: "host" keeps the table and its optimizer's state in host memory in training, and only the rows of a batch on
+            the devices (docs/tables.md); it needs hash_on="host". Evaluation and decoding of a checkpoint read it whole.
         kernel: backend of the row lookup; None takes the best available, a name is strict.
     """
 
@@ -62,7 +67,32 @@ class Engram(ChannelMixerConfig):
     pad_token_id: int = 0
     cross_document: bool = False
     seed: int = 0
+    hash_on: Literal["device", "host"] = "device"
+    table_on: Literal["device", "host"] = "device"
     kernel: str | None = None
+
+    @classmethod
+    def as_in_paper(cls, layer_id: int, layer_ids: tuple[int, ...], **fields: Any) -> "Engram":
+        """The layer of Engram-27B: orders 2 and 3, eight heads of width 80 each, with the convolution.
+
+        Engram-40B has rows_per_head = 7,239,680.
+        """
+        given = {"rows_per_head": 2_262_400, "head_dim": 80, "max_ngram": 3, "heads_per_order": 8, "conv": True}
+        return cls(layer_id=layer_id, layer_ids=layer_ids, **{**given, **fields})
+
+    @classmethod
+    def as_in_v4_1(cls, layer_id: int, layer_ids: tuple[int, ...], **fields: Any) -> "Engram":
+        """The layer of the released DeepSeek-V4.1: orders 2 to 4, eight heads of width 256 each, no convolution.
+
+        n-grams end at their document's start, as always here unless `cross_document` is set.
+        """
+        given = {"rows_per_head": 16_000_000, "head_dim": 256, "max_ngram": 4, "heads_per_order": 8, "conv": False}
+        return cls(layer_id=layer_id, layer_ids=layer_ids, **{**given, **fields})
+
+    @property
+    def name(self) -> str:
+        """What rows of this layer are called in a batch."""
+        return f"engram_{self.layer_id}"
 
     @property
     def num_tables(self) -> int:
@@ -105,6 +135,9 @@ class Engram(ChannelMixerConfig):
             ways_out = "list every Engram layer of the model there, this one too"
             yield Problem("layer_id", self.layer_id, f"must be one of layer_ids = {self.layer_ids}", ways_out)
             return
+        if self.table_on == "host" and self.hash_on != "host":
+            rule = "is there only where rows are known before the step"
+            yield Problem("table_on", self.table_on, rule, "set hash_on='host' too")
         if self.num_tables * self.rows_per_head >= MOST_ROWS:
             rows = f"makes about {self.num_tables * self.rows_per_head} rows in {self.num_tables} tables"
             ways_out = f"use at most {MOST_ROWS // self.num_tables}"
@@ -112,6 +145,17 @@ class Engram(ChannelMixerConfig):
 
     def build(self, info: BuildInfo) -> "EngramMixer":
         return EngramMixer(self, info)
+
+    def ngram_hash(self, info: BuildInfo) -> NgramHash:
+        """The layer's hash on the host.
+
+        Raises:
+            UserError: the tokenizer does not fit the compression or the vocabulary.
+        """
+        token_map_V = _token_map(self, info)
+        num_compressed = info.vocab_size if token_map_V is None else int(token_map_V.max()) + 1
+        words_N2 = split_words(multipliers(num_compressed, self.max_ngram, self.layer_id, self.seed))
+        return NgramHash(self.tables, words_N2, token_map_V, self.pad_token_id, self.cross_document)
 
     def flops_per_token(self, d_model: int, seq_len: int) -> float:
         return 4 * self.d_memory * d_model + (2 * CONV_WIDTH * d_model if self.conv else 0)
@@ -134,11 +178,9 @@ class EngramMixer(Mixer):
         self.config = config
         self.tables = config.tables
         d, s, h = info.d_model, config.num_tables, config.head_dim
-        token_map_V = _token_map(config, info)
-        num_compressed = info.vocab_size if token_map_V is None else int(token_map_V.max()) + 1
-        words_N2 = split_words(multipliers(num_compressed, config.max_ngram, config.layer_id, config.seed))
-        self.token_map = None if token_map_V is None else _map_buffer(token_map_V, num_compressed)
-        self.multipliers = buffer(words_N2.shape, (None, None), given(words_N2, "hash multipliers"), dtype="uint32")
+        own = config.ngram_hash(info)
+        self.token_map = None if own.token_map_V is None else _map_buffer(own.token_map_V)
+        self.multipliers = buffer(own.words_N2.shape, (None, None), given(own.words_N2, "hash multipliers"), dtype="uint32")
         self.table = param((_padded(self.tables.num_rows), h), ("memory", None), normal(0.02), group="table")
         rows, stream = (("heads", s), ("head_dim", h)), (("embed", d),)
         self.key = Linear(rows, stream)
@@ -189,6 +231,11 @@ class EngramMixer(Mixer):
 
     def _rows_over(self, ctx: Context) -> jax.Array | WideRows:
         """`rows` of the call's tokens; a sequence shard gets the few token ids in front of it."""
+        if self.config.hash_on == "host" and self.config.name in ctx.rows:
+            return ctx.rows[self.config.name]
+        held = self.table[...].shape[-2]
+        if held < self.tables.num_rows:
+            raise ValueError(f"{self.config.name}: {held} rows of the table are here, and the batch does not say which")
 
         def run(numbers_BT, segment_ids_BT, words_N2, pad_id):
             return self._hash(numbers_BT - 1, segment_ids_BT, words_N2, pad_id)
@@ -249,8 +296,8 @@ def _token_map(config: Engram, info: BuildInfo) -> np.ndarray | None:
     return np.concatenate([token_map_V, unused])
 
 
-def _map_buffer(token_map_V: np.ndarray, num_compressed: int) -> Buffer:
-    text = f"compression of {token_map_V.size} tokens to {num_compressed}"
+def _map_buffer(token_map_V: np.ndarray) -> Buffer:
+    text = f"compression of {token_map_V.size} tokens to {int(token_map_V.max()) + 1}"
     return buffer(token_map_V.shape, (None,), given(token_map_V, text), dtype="int32")
 
 
