@@ -6,6 +6,7 @@ from pydantic import Field
 
 from mlt.config.base import Config
 from mlt.config.problems import ConfigError, walk
+from mlt.data.cluster_rows import Clusters
 from mlt.data.mixture import Mixture, Weighted
 from mlt.data.sources import Source
 from mlt.data.stdlib_source import PythonStdlib
@@ -35,6 +36,7 @@ class DataConfig(Config):
         max_bad_records: records that may be left out, over all sources, because they cannot be read as text; one more
             ends the run.
         cache: where tokenised documents are kept for the next start; None keeps none.
+        clusters: the cluster tree of the documents, for models that fetch weights by it; None has none.
     """
 
     source: Source | Mixture = PythonStdlib()
@@ -50,6 +52,7 @@ class DataConfig(Config):
     prefetch_batches: Annotated[int, Field(ge=0)] = 4
     max_bad_records: Annotated[int, Field(ge=0)] = 0
     cache: TokenCache | None = None
+    clusters: Clusters | None = None
 
     @property
     def parts(self) -> tuple[Weighted, ...]:
@@ -72,7 +75,7 @@ class DataConfig(Config):
         Raises:
             ConfigError: all that is missing or not usable; `path` is where this section stands in the config.
         """
-        nodes = [(where, node) for where, node in walk(self, path) if isinstance(node, Source | Tokenizer)]
+        nodes = [(where, node) for where, node in walk(self, path) if isinstance(node, Source | Tokenizer | Clusters)]
         problems = [problem.under(where) for where, node in nodes for problem in node.file_problems()]
         if problems:
             raise ConfigError(problems)

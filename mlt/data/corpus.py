@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mlt.data.cluster_rows import Clusters
+from mlt.data.clusters import ClusterTree
 from mlt.data.config import DataConfig
 from mlt.data.prefetch import run_stoppable
 from mlt.data.sources import BadRecord, Documents, Source
@@ -50,6 +52,14 @@ class TokenizedSource:
 
 
 @dataclass(frozen=True)
+class Clustered:
+    """A cluster tree, and the leaf of each document of each source, int32."""
+
+    tree: ClusterTree
+    leaves: list[np.ndarray]
+
+
+@dataclass(frozen=True)
 class Corpus:
     """The tokenised documents of a run.
 
@@ -64,11 +74,25 @@ class Corpus:
     tokenizer: Tokenizer
     hash: str
     bad_records: int = 0
+    _clustered: dict[Clusters, "Clustered"] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def bytes_read(self) -> int:
         """Bytes of text in all documents."""
         return sum(source.bytes_read for source in self.sources)
+
+    def clustered(self, clusters: Clusters) -> "Clustered":
+        """The cluster tree, and where the documents lie in it; made once.
+
+        Raises:
+            UserError: the tree cannot be had.
+        """
+        if clusters not in self._clustered:
+            starts_D, targets_D = self.sources[0].split("train")
+            tree = clusters.tree(self.sources[0].tokens, starts_D, targets_D + 1)
+            leaves = [tree.leaves(source.tokens, source.offsets_D) for source in self.sources]
+            self._clustered[clusters] = Clustered(tree, leaves)
+        return self._clustered[clusters]
 
     def describe(self) -> str:
         """What was read and from where: one line a source, one for what was left out, and one for the whole."""

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from mlt.data.cluster_rows import FIELD, GENERIC
 from mlt.data.config import DataConfig
 from mlt.data.corpus import Corpus, load_corpus
 from mlt.data.pack import OnePassRows, Row, padding_row
 from mlt.data.position import position, row_of
 from mlt.data.prefetch import Prefetcher, WaitStopped
-from mlt.data.rows import Batch, TrainingRows
+from mlt.data.rows import Batch, TrainingRows, row_clusters
 from mlt.errors import UserError
 
 __all__ = [
@@ -47,17 +48,18 @@ class Loader(Iterator[Batch]):
         first_row: int,
         places: Sequence[int],
         stop: Callable[[], object] | None = None,
+        extend: Callable[[Batch], Batch] | None = None,
     ):
         self.rows = TrainingRows(config, corpus)
         self.last_wait_seconds = 0.0
         self._config, self._corpus = config, corpus
         self._first_row, self._next_row = first_row, first_row
         self._places = places
-        self._stop = stop
+        self._stop, self._extend = stop, extend
         self._batches = Prefetcher(self._make, ahead=config.prefetch_batches, threads=_THREADS)
 
     def __next__(self) -> Batch:
-        """The next batch: tokens, targets, segment_ids, positions int32, weights float32; (places, T).
+        """The next batch: tokens, targets, segment_ids, positions int32, weights float32; (places, T). What `extend` adds, too.
 
         An error leaves the loader where it is: the next call tries again.
 
@@ -81,7 +83,8 @@ class Loader(Iterator[Batch]):
 
     def _make(self, step: int) -> Batch:
         first = self._first_row + step * self._config.batch_size
-        return self.rows.batch([first + place for place in self._places])
+        batch = self.rows.batch([first + place for place in self._places])
+        return batch if self._extend is None else self._extend(batch)
 
 
 def open_loader(
@@ -94,13 +97,15 @@ def open_loader(
     host_count: int = 1,
     places: Sequence[int] | None = None,
     stop: Callable[[], object] | None = None,
+    extend: Callable[[Batch], Batch] | None = None,
 ) -> Loader:
     """Opens the training batches at global batch `first_step`, or where the loader that gave `state` stood.
 
     The concatenation of the hosts' batches is the same global batch for any `host_count` that divides
     batch_size. Where hosts do not hold equal slices, `places` says which rows of each global batch this one
     reads, instead of `host_index` and `host_count`. `stop` is asked while `next` waits for a batch; when true, `next` raises
-    WaitStopped instead of waiting on.
+    WaitStopped instead of waiting on. `extend` is called with each batch, by the threads that make batches ahead: for fields
+    that follow from those of the batch.
 
     A state may be taken up with another batch_size, other sources behind the old ones, other stages of the mixture from its
     row on, or another sequence_length (see `mlt.data.position.row_of`): reading goes on at the same token. (Where rows are
@@ -111,7 +116,7 @@ def open_loader(
     """
     places = _slice(config, host_index, host_count) if places is None else places
     first_row = first_step * config.batch_size if state is None else row_of(state, config, corpus)
-    return Loader(config, corpus, first_row=first_row, places=places, stop=stop)
+    return Loader(config, corpus, first_row=first_row, places=places, stop=stop, extend=extend)
 
 
 def validation_batches(
@@ -147,6 +152,9 @@ class _ValidationBatches(Sequence[Batch]):
             )
             for source in corpus.sources
         ]
+        self._clusters = row_clusters(config, corpus, "validation")
+        if self._clusters:
+            self._padding[FIELD] = np.full(config.sequence_length, GENERIC, np.int32)
         found = [(source, row) for source, rows in enumerate(self._sources) for row in range(len(rows))]
         if max_rows is not None and max_rows < len(found):
             found = [found[index * len(found) // max_rows] for index in range(max_rows)]
@@ -165,7 +173,11 @@ class _ValidationBatches(Sequence[Batch]):
         if index >= len(self._found):
             return self._padding
         source, row = self._found[index]
-        return self._sources[source][row]
+        made = self._sources[source][row]
+        if self._clusters:
+            made[FIELD] = np.empty_like(made["tokens"])
+            self._clusters[source].write(made[FIELD], self._sources[source].pieces(row), row)
+        return made
 
 
 def _slice(config: DataConfig, host_index: int, host_count: int) -> range:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mlt.data.best_fit import BestFitRows
+from mlt.data.cluster_rows import FIELD, RowClusters
 from mlt.data.config import DataConfig
 from mlt.data.corpus import Corpus, TokenizedSource
 from mlt.data.mixture import Schedule
@@ -24,10 +25,10 @@ class TrainingRows:
         self._sources = [
             _pack(source, config, (config.seed, number), corpus.tokenizer.pad_id) for number, source in enumerate(corpus.sources)
         ]
+        self._clusters = row_clusters(config, corpus, "train")
 
     def __getitem__(self, row: int) -> Row:
-        source, turn = self._schedule.locate(row)
-        return self._sources[source][turn]
+        return {name: values[0] for name, values in self.batch([row]).items()}
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """These rows as arrays (rows, T).
@@ -36,10 +37,14 @@ class TrainingRows:
             RunFailed: a row could not be made; the message says which, and of which documents.
         """
         batch = empty_rows(len(rows), self._sequence_length)
+        if self._clusters:
+            batch[FIELD] = np.empty_like(batch["tokens"])
         for place, row in enumerate(rows):
             source, turn = self._schedule.locate(row)
             try:
                 self._sources[source].write(turn, batch, place)
+                if self._clusters:
+                    self._clusters[source].write(batch[FIELD][place], self._sources[source].pieces(turn), turn)
             except UserError:
                 raise
             except Exception as error:
@@ -71,6 +76,18 @@ class TrainingRows:
             f"{type(error).__name__}: {error}. If files changed or went away under the run, bring them back; the same command "
             "resumes."
         )
+
+
+def row_clusters(config: DataConfig, corpus: Corpus, split: str) -> list[RowClusters]:
+    """What writes the cluster ids of each source's rows; none where there are no clusters."""
+    clusters = config.clusters
+    if clusters is None:
+        return []
+    share = clusters.generic_share if split == "train" else 0.0
+    return [
+        RowClusters(leaves_D, source.offsets_D, clusters.max_runs, share, clusters.seed, number)
+        for number, (source, leaves_D) in enumerate(zip(corpus.sources, corpus.clustered(clusters).leaves, strict=True))
+    ]
 
 
 def _pack(source: TokenizedSource, config: DataConfig, key: tuple[int, ...], pad_id: int) -> PackedRows:

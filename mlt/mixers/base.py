@@ -28,6 +28,9 @@ Arrays = dict[str, jax.Array]
 EMBEDDING = "embedding"
 """The name under which every stack publishes the stream that enters it, as `{"stream": (B, T, D)}`."""
 
+CLUSTERS = "clusters"
+"""Name in `Context.rows` of the cluster of each token's document, (B, T) int32; -1 where it has none."""
+
 SAVE_POINTS = (
     "sub_layer_in",
     "mixer_out",
@@ -64,6 +67,8 @@ class Context:
         train: False turns off everything that only training wants.
         published: what earlier layers published, by name; a mixer gets the names that its config reads.
         shared: modules whose parameters several layers use, by name; a mixer gets the names that its config shares.
+        rows: table rows that the data pipeline has found for these tokens, by the layer's name, (B, T, S) int32 or
+            `WideRows`; a layer whose name is not there hashes for itself. Under `CLUSTERS`, the documents' clusters.
     """
 
     token_ids: jax.Array
@@ -73,6 +78,7 @@ class Context:
     train: bool = dataclasses.field(metadata={"static": True})
     published: Mapping[str, "Arrays"] = dataclasses.field(default_factory=dict)
     shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rows: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def is_token(self) -> jax.Array:
@@ -187,6 +193,16 @@ class MixerConfig(Config):
         """
         return 0
 
+    @property
+    def num_clusters(self) -> int:
+        """Clusters of documents whose ids the mixer reads from the batch (`Context.rows["clusters"]`); 0 where it reads none."""
+        return 0
+
+    @property
+    def cluster_runs(self) -> int:
+        """Stretches of one cluster that a row may then have."""
+        return 0
+
     def param_count(self, info: BuildInfo) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(self.build(info)) if isinstance(leaf, ParamSpec) and leaf.trainable)
 
@@ -215,6 +231,10 @@ class SequenceMixerConfig(MixerConfig):
 
     kernel: str | None = None
     exchange: str | None = None
+
+    def whole_rows(self) -> str | None:
+        """What to change where a setting of this mixer needs whole sequences, which its class does not; None where none does."""
+        return None
 
 
 class ChannelMixerConfig(MixerConfig):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlt.mixers.base import Context
+from mlt.mixers.base import CLUSTERS, Context
 from mlt.model.lm import LM
 from mlt.parallel.rules import Rules
 
@@ -24,6 +24,7 @@ def generate(
     dtype: jnp.dtype,
     drawable_V: np.ndarray,
     end_id: int,
+    cluster: int = -1,
 ) -> np.ndarray:
     """Continue a prompt.
 
@@ -37,6 +38,7 @@ def generate(
         dtype: compute type.
         drawable_V: (V,) bool, the ids that may be drawn; the rest of the vocabulary is padding.
         end_id: the id that ends a document; nothing behind it is returned.
+        cluster: of the document, for models that read it; -1 for none.
 
     Returns:
         Up to (tokens,) int32 drawn ids.
@@ -52,7 +54,8 @@ def generate(
     forbidden_V[len(drawable_V) :] = -np.inf
     forbidden_V[: len(drawable_V)][~drawable_V] = -np.inf
     draw = _drawer(rules, jnp.dtype(dtype), tokens, temperature == 0.0)
-    drawn = np.asarray(draw(model, ids, segments, positions, forbidden_V, jnp.float32(max(temperature, 1e-6)), key))
+    others = (jnp.float32(max(temperature, 1e-6)), key, np.int32(cluster))
+    drawn = np.asarray(draw(model, ids, segments, positions, forbidden_V, *others))
     ends = np.flatnonzero(drawn == end_id)
     return drawn[: ends[0]] if len(ends) else drawn
 
@@ -68,15 +71,17 @@ def _drawer(rules: Rules, dtype: jnp.dtype, tokens: int, greedy: bool):
         return jax.random.categorical(key, logits_BV / temperature).astype(jnp.int32)
 
     @jax.jit
-    def run(model, ids_BT, segments_BT, positions_BT, forbidden_V, temperature, key):
+    def run(model, ids_BT, segments_BT, positions_BT, forbidden_V, temperature, key, cluster):
+        rows = lambda like_BT: {CLUSTERS: jnp.broadcast_to(cluster, like_BT.shape)}  # noqa: E731
         state = model.init_state(ids_BT.shape[0], ids_BT.shape[1] + tokens, dtype)
-        context = Context(ids_BT, segments_BT, positions_BT, rules, False)
+        context = Context(ids_BT, segments_BT, positions_BT, rules, False, rows=rows(ids_BT))
         hidden_BTD, state = model.step(state, context, dtype=dtype)
         first = pick(model, hidden_BTD[:, -1], forbidden_V, temperature, jax.random.fold_in(key, 0))
 
         def body(carry, index):
             token_B, position_B, state = carry
-            context = Context(token_B[:, None], jnp.ones_like(token_B)[:, None], position_B[:, None], rules, False)
+            one_B1, token_B1 = jnp.ones_like(token_B)[:, None], token_B[:, None]
+            context = Context(token_B1, one_B1, position_B[:, None], rules, False, rows=rows(token_B1))
             hidden_BTD, state = model.step(state, context, dtype=dtype)
             following = pick(model, hidden_BTD[:, 0], forbidden_V, temperature, jax.random.fold_in(key, index))
             return (following, position_B + 1, state), following

@@ -11,7 +11,9 @@ import numpy as np
 
 from mlt.data.loader import validation_batches
 from mlt.model.lm import LM
+from mlt.train.clusters import cluster_fields
 from mlt.train.feed import Feed
+from mlt.train.host_tables import HostTables
 from mlt.train.setup import Setup
 from mlt.train.state import abstract_batch
 from mlt.train.step import eval_step
@@ -37,13 +39,20 @@ _IN_FLIGHT = 2  # batches handed to the devices ahead of the one that is waited 
 
 
 class Evaluator:
-    """Runs the held-out rows through one compiled program of fixed shape; keeps sums, never means of means."""
+    """Runs the held-out rows through one compiled program of fixed shape; keeps sums, never means of means.
+
+    Attributes:
+        tables: those in host memory, which the run puts here.
+    """
 
     def __init__(self, setup: Setup):
         config = setup.config
         data, max_rows = config.data, config.evaluation.max_rows
         self.feed = Feed(setup.rules, data.batch_size, data.sequence_length)
-        self.shapes = abstract_batch(setup.rules, data.batch_size, data.sequence_length)
+        # Rows of tables in host memory come with the batch; others are found by the program.
+        self.tables, self._hashes = HostTables([], setup.rules), setup.hashes if setup.hashes.on_host else None
+        fields = {**cluster_fields(config), **({} if self._hashes is None else self._hashes.fields())}
+        self.shapes = abstract_batch(setup.rules, data.batch_size, data.sequence_length, fields)
         self.batches = list(validation_batches(data, setup.corpus, max_rows=max_rows, places=self.feed.places))
         token_bytes = setup.corpus.tokenizer.token_bytes()
         whole = validation_batches(data, setup.corpus, max_rows=max_rows)
@@ -61,7 +70,8 @@ class Evaluator:
             return None
         sums = []
         for batch in self.batches:
-            sums.append(self.step(model, self.feed(batch)))
+            held, fed = self.tables.enter_evaluation(model, batch if self._hashes is None else self._hashes(batch))
+            sums.append(self.step(held, self.feed(fed)))
             jax.block_until_ready(sums[: -1 - _IN_FLIGHT][-1:])
             between()
         nats = float(np.sum([np.asarray(s["nats"], np.float64) for s in sums]))

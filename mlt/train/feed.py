@@ -27,7 +27,7 @@ class Feed:
         self.places = tuple(sorted({row for part in slices for row in range(*part)}))
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Arrays of the whole batch (rows, length) from this process's rows of it (len(places), length)."""
+        """Arrays of the whole batch (rows, length, ...) from this process's rows of it (len(places), length, ...)."""
         if jax.process_count() == 1:
             return jax.device_put(dict(batch), self.sharding)
         return {name: self._place(array) for name, array in batch.items()}
@@ -39,4 +39,4 @@ class Feed:
             first = self.places.index(start)
             return array[first : first + stop - start, index[1]]
 
-        return jax.make_array_from_callback(self._shape, self.sharding, part)
+        return jax.make_array_from_callback((*self._shape, *array.shape[2:]), self.sharding, part)

@@ -46,7 +46,10 @@ class Logbook:
         values |= memory_metrics(self.program_bytes)
         values |= self.alarms | ({"alarm/sinks_failing": sinks.failing} if sinks.failing else {})
         sinks.log(step, values)
-        self._console.logged(step, values, values["train/loss"] / math.log(2) * setup.tokens_per_byte)
+        # What is off from a teacher is no text's cost.
+        is_cost = setup.options.teacher is None or not setup.options.teacher.distill.listens
+        bits_per_byte = values["train/loss"] / math.log(2) * setup.tokens_per_byte if is_cost else None
+        self._console.logged(step, values, bits_per_byte)
 
     def raise_alarm(self, name: str) -> None:
         """Count one more of a kind of failure."""

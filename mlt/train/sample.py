@@ -8,18 +8,35 @@ import jax
 import numpy as np
 
 from mlt.config.run import RunConfig
+from mlt.data.clusters import ClusterTree
 from mlt.data.tokenize import Tokenizer
 from mlt.model.generate import generate
 from mlt.model.lm import LM
 from mlt.parallel.rules import Rules
+from mlt.train.clusters import cluster_of
 
 
-def draw_text(config: RunConfig, model: LM, rules: Rules, prompt: str, *, tokens: int, temperature: float, key: jax.Array) -> str:
-    """What the model says after a prompt that starts a document; the prompt is not repeated."""
+def draw_text(
+    config: RunConfig,
+    model: LM,
+    rules: Rules,
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float,
+    key: jax.Array,
+    tree: ClusterTree | None = None,
+) -> str:
+    """What the model says after a prompt that starts a document; the prompt is not repeated.
+
+    Args:
+        tree: the run's clusters, for models that read them: the prompt has the cluster of its own words.
+    """
     tokenizer = config.data.tokenizer
-    ids = generate(
+    ids = np.array([tokenizer.bos_id, *tokenizer.encode(prompt)], np.int32)
+    drawn = generate(
         model,
-        np.array([tokenizer.bos_id, *tokenizer.encode(prompt)], np.int32),
+        ids,
         tokens=tokens,
         temperature=temperature,
         key=key,
@@ -27,8 +44,9 @@ def draw_text(config: RunConfig, model: LM, rules: Rules, prompt: str, *, tokens
         dtype=np.dtype(jax.numpy.dtype(config.train.compute_dtype)),
         drawable_V=_drawable(tokenizer),
         end_id=tokenizer.eos_id,
+        cluster=cluster_of(tree, ids),
     )
-    return tokenizer.decode(ids)
+    return tokenizer.decode(drawn)
 
 
 def _drawable(tokenizer: Tokenizer) -> np.ndarray:

@@ -1,6 +1,7 @@
 """From a checked config to everything a run needs: mesh, corpus, described model, optimizer, step options."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -11,7 +12,13 @@ from mlt.data.loader import Corpus, load_corpus
 from mlt.model.lm import LM
 from mlt.nn.param import partition
 from mlt.parallel.rules import Rules
+from mlt.train.distill import frozen
+from mlt.train.hashing import HostHashes
+from mlt.train.host_tables import HostTables
+from mlt.train.residents import on_devices, residents
+from mlt.train.state import TrainState, create_state
 from mlt.train.step import StepOptions
+from mlt.train.teacher import load_teacher, start_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +29,7 @@ class Setup:
         config: the run's config.
         rules: layout on the mesh.
         corpus: tokenized documents.
-        specs: the model as described parameters.
+        specs: the model as described parameters; of tables in host memory, what the devices hold.
         optimizer: the update rule.
         options: what a train step needs.
     """
@@ -43,6 +50,26 @@ class Setup:
         """Tokens over bytes of the whole corpus."""
         return sum(len(source.tokens) for source in self.corpus.sources) / self.corpus.bytes_read
 
+    @functools.cached_property
+    def hashes(self) -> HostHashes:
+        """What the loader's threads add to each training batch."""
+        return HostHashes(self.config)
+
+    @property
+    def whole_specs(self) -> LM:
+        """The described model with every table whole, those in host memory too."""
+        return describe_model(self.config) if self.hashes.on_host else self.specs
+
+    def host_tables(self) -> HostTables:
+        """The tables that lie in host memory, still empty."""
+        found = residents(self.config, self.whole_specs) if self.hashes.on_host else []
+        return HostTables(found, self.rules, self.config.train.seed)
+
+    def fresh_state(self) -> TrainState:
+        """The state before the first step: drawn, or where the model is distilled, taken from the run it starts from."""
+        given = start_arrays(self.config, self.specs, self.rules)
+        return create_state(self.specs, self.optimizer, self.rules, self.config.train.seed, given)
+
 
 def step_options(config: RunConfig, rules: Rules, specs: LM) -> StepOptions:
     return StepOptions(
@@ -58,8 +85,9 @@ def step_options(config: RunConfig, rules: Rules, specs: LM) -> StepOptions:
 
 
 def describe_model(config: RunConfig) -> LM:
-    """The model as described parameters, told the tokenizer's strings."""
-    return config.model.build(tuple(config.data.tokenizer.token_strings()))
+    """The model as described parameters, told the tokenizer's strings; those that the run does not train are buffers."""
+    specs = config.model.build(tuple(config.data.tokenizer.token_strings()))
+    return specs if config.train.distill is None else frozen(specs, config.train.distill)
 
 
 def build_optimizer(config: RunConfig, specs: LM) -> optax.GradientTransformation:
@@ -73,7 +101,8 @@ def prepare(config: RunConfig, rules: Rules, stop: Callable[[], object] | None =
         UserError: the data cannot be read, or the model does not fit the mesh.
         WaitStopped: `stop()` became true while the corpus was read.
     """
-    specs = describe_model(config)
+    specs = on_devices(config, describe_model(config))
     rules.param_shardings(specs)
     corpus = load_corpus(config.data, stop=stop)
-    return Setup(config, rules, corpus, specs, build_optimizer(config, specs), step_options(config, rules, specs))
+    options = dataclasses.replace(step_options(config, rules, specs), teacher=load_teacher(config, rules))
+    return Setup(config, rules, corpus, specs, build_optimizer(config, specs), options)

@@ -1,6 +1,7 @@
 """The train state: everything a step reads and writes, and where it lies on the mesh."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from mlt.model.lm import LM
 from mlt.nn.param import initialize, partition, put
 from mlt.optim.base import state_shardings
 from mlt.optim.fit import check_fits
+from mlt.optim.table import filled, without
 from mlt.parallel.rules import Rules
 from mlt.train.guard import GuardState, fresh_guard
 
@@ -52,15 +54,27 @@ def abstract_state(specs: LM, optimizer: optax.GradientTransformation, rules: Ru
     )
 
 
-def abstract_batch(rules: Rules, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, types and shardings of a batch of `rows` by `length` tokens."""
+def abstract_batch(
+    rules: Rules, rows: int, length: int, extra: Mapping[str, jax.ShapeDtypeStruct] | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, types and shardings of a batch of `rows` by `length` tokens.
+
+    Args:
+        extra: other fields, as one token has them.
+    """
     where = rules.sharding(("batch", "seq"))
     types = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {"weights": jnp.float32}
-    return {name: jax.ShapeDtypeStruct((rows, length), kind, sharding=where) for name, kind in types.items()}
+    fields = {name: jax.ShapeDtypeStruct((), kind) for name, kind in types.items()} | dict(extra or {})
+    return {name: jax.ShapeDtypeStruct((rows, length, *one.shape), one.dtype, sharding=where) for name, one in fields.items()}
 
 
-def create_state(specs: LM, optimizer: optax.GradientTransformation, rules: Rules, seed: int) -> TrainState:
+def create_state(
+    specs: LM, optimizer: optax.GradientTransformation, rules: Rules, seed: int, given: Mapping[str, jax.Array] | None = None
+) -> TrainState:
     """A fresh state, each device making its own part.
+
+    Args:
+        given: parameters and buffers by name, laid out as the model's, that are taken as they are; the others are drawn.
 
     Raises:
         UserError: tables that the devices cannot hold; nothing has been made then.
@@ -68,7 +82,8 @@ def create_state(specs: LM, optimizer: optax.GradientTransformation, rules: Rule
     abstract = abstract_state(specs, optimizer, rules)
     check_fits(abstract, specs, rules)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    model = initialize(specs, seed, shardings.model)
+    given = given or {}
+    model = filled(initialize(without(specs, given), seed, without(shardings.model, given)), dict(given))
     slots = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(partition(model)[0])
     step = put(np.zeros((), np.int32), shardings.step)
     key = np.asarray(jax.random.key_data(jax.random.key(seed)))

@@ -39,7 +39,7 @@ def alone(subject: Subject, seed: int) -> Result:
     for row, segment in _documents(batch):
         where = np.flatnonzero(batch["segment_ids"][row] == segment)
         single = {name: np.zeros_like(value) for name, value in batch.items()}
-        for name in ("tokens", "targets", "positions", "weights"):
+        for name in batch:
             single[name][0, : len(where)] = batch[name][row, where]
         single["segment_ids"][0, : len(where)] = 1
         lonely = np.asarray(subject.logits(single))[0, : len(where)]

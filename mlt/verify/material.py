@@ -5,11 +5,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from mlt.config.problems import walk
 from mlt.mixers.base import Aux, BuildInfo, Context, Mixer, MixerConfig
 from mlt.model.block import Block
 from mlt.model.remat import Remat
 from mlt.model.stack import Stack
 from mlt.nn.param import merge, partition
+from mlt.parallel.table import row_fields
 
 
 def lively(model: Any, seed: int, *, std: float = 0.05) -> Any:
@@ -45,8 +47,15 @@ def described(config: MixerConfig, info: BuildInfo) -> tuple[Mixer, tuple[MixerC
     return Company(config, info), (*type(config).example_publishers(), config)
 
 
-def packed_rows(rng: np.random.Generator, *, rows: int, length: int, num_ids: int) -> dict[str, np.ndarray]:
-    """Rows of ragged documents, some of one token, the last row ending in padding."""
+def packed_rows(
+    rng: np.random.Generator, *, rows: int, length: int, num_ids: int, clusters: int = 0, cluster_runs: int = 0
+) -> dict[str, np.ndarray]:
+    """Rows of ragged documents, some of one token, the last row ending in padding.
+
+    Args:
+        clusters: how many there are; each document has one, or none.
+        cluster_runs: stretches of one cluster that a row may have; documents behind so many have none, as the loader does it.
+    """
     batch = {name: np.zeros((rows, length), np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
     for row in range(rows):
         end = length - (length // 8 if row == rows - 1 else 0)
@@ -60,4 +69,15 @@ def packed_rows(rng: np.random.Generator, *, rows: int, length: int, num_ids: in
     batch["tokens"] = rng.integers(0, num_ids, (rows, length)).astype(np.int32)
     batch["targets"] = rng.integers(0, num_ids, (rows, length)).astype(np.int32)
     batch["weights"] = (batch["segment_ids"] > 0).astype(np.float32)
+    if clusters:
+        drawn = rng.integers(-1, clusters, (rows, batch["segment_ids"].max() + 1))
+        drawn[:, cluster_runs:] = -1
+        batch |= row_fields("clusters", np.take_along_axis(drawn, batch["segment_ids"], axis=1).astype(np.int32))
     return batch
+
+
+def clusters_of(config: Any) -> dict[str, int]:
+    """What `packed_rows` must know of the clusters that the mixers in a config read."""
+    found = [node for _, node in walk(config) if isinstance(node, MixerConfig) and node.num_clusters]
+    runs = min((node.cluster_runs for node in found), default=0)
+    return {"clusters": max((node.num_clusters for node in found), default=0), "cluster_runs": runs}

@@ -15,7 +15,7 @@ from mlt.plan.collectives import Collective, collectives
 from mlt.train.setup import build_optimizer, describe_model, step_options
 from mlt.train.state import TrainState, abstract_state, create_state
 from mlt.train.step import train_step
-from mlt.verify.material import packed_rows
+from mlt.verify.material import clusters_of, packed_rows
 from mlt.verify.result import Result
 
 TOLERANCE = 1e-5
@@ -106,7 +106,8 @@ def rows_for(config: RunConfig, layout: Layout, seed: int) -> dict[str, np.ndarr
     length = max(min(config.data.sequence_length, MAX_TOKENS) // pieces, 1) * pieces
     rows = layout.batch_shards * (2 if layout.batch_shards == 1 else 1)
     ids = config.data.tokenizer.vocab_size
-    return packed_rows(np.random.default_rng(seed), rows=rows, length=length, num_ids=ids)
+    clusters = clusters_of(config.model.stack)
+    return packed_rows(np.random.default_rng(seed), rows=rows, length=length, num_ids=ids, **clusters)
 
 
 def compare(single: MeshStep, other: MeshStep) -> dict[str, tuple[float, float]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from mlt.model.remat import Remat
 from mlt.nn.param import initialize
 from mlt.parallel.rules import Rules
 from mlt.train.setup import describe_model
-from mlt.verify.material import lively, packed_rows
+from mlt.verify.material import clusters_of, lively, packed_rows
 
 MAX_TOKENS = 192
 DTYPE = jnp.dtype("float32")
@@ -29,6 +30,7 @@ class Subject:
     remat: the config's memory policy.
     num_ids: token ids the tokenizer can produce.
     length: tokens per row used by the proofs.
+    clusters: what of documents' clusters the model reads (`clusters_of`).
     """
 
     model: LM
@@ -36,9 +38,11 @@ class Subject:
     remat: Remat
     num_ids: int
     length: int
+    clusters: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def rows(self, seed: int, rows: int = 2) -> dict[str, np.ndarray]:
-        return packed_rows(np.random.default_rng(seed), rows=rows, length=self.length, num_ids=self.num_ids)
+        rng = np.random.default_rng(seed)
+        return packed_rows(rng, rows=rows, length=self.length, num_ids=self.num_ids, **self.clusters)
 
     def context(self, batch: Batch) -> Context:
         return context_of(batch, self.rules, train=False)
@@ -72,4 +76,5 @@ def subject_of(config: RunConfig, seed: int) -> Subject:
     """The model of a config with random lively weights, in float32 on one device."""
     model = lively(initialize(describe_model(config), seed), seed + 1)
     length = min(config.data.sequence_length, MAX_TOKENS)
-    return Subject(model, Rules(None), config.remat, config.data.tokenizer.vocab_size, length)
+    clusters = clusters_of(config.model.stack)
+    return Subject(model, Rules(None), config.remat, config.data.tokenizer.vocab_size, length, clusters)

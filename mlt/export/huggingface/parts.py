@@ -195,7 +195,7 @@ def mixer_at(block: Block | Parallel, index: int, *kinds: type[MixerConfig]) -> 
     Raises:
         Unfit: it is another.
     """
-    if index >= len(block.mixers) or not isinstance(block.mixers[index], kinds):
+    if index >= len(block.mixers) or type(block.mixers[index]) not in kinds:
         found = [type(mixer).__name__ for mixer in block.mixers]
         raise Unfit(f"a layer is {found}, not with {' or '.join(kind.__name__ for kind in kinds)} at place {index}")
     return block.mixers[index]

@@ -220,7 +220,7 @@ class AttentionMixer(Mixer):
     def _project(self, x_BTD, ctx):
         """The layer's own values, and queries, keys and values as they attend."""
         q_BTNH, k_BTKH, own_BTKH = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
-        v_BTKH = own_BTKH if self.config.value_residual is None else self._mixed(own_BTKH, ctx)
+        v_BTKH = self._values(own_BTKH, x_BTD, ctx)
         if self.query_norm is not None:
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         if self.config.rope_base is not None:
@@ -228,8 +228,10 @@ class AttentionMixer(Mixer):
             k_BTKH = apply_rope(k_BTKH, ctx.positions, **self._rotation())
         return own_BTKH, tuple(save_point(part, "attention_qkv") for part in (q_BTNH, k_BTKH, v_BTKH))
 
-    def _mixed(self, own_BTKH, ctx):
-        """Own values with those of an earlier layer mixed in."""
+    def _values(self, own_BTKH, x_BTD, ctx):
+        """The values that attend: the layer's own, with those of an earlier layer mixed in."""
+        if self.config.value_residual is None:
+            return own_BTKH
         earlier_BTKH = ctx.published[self.config.value_residual]["value"]
         if self.value_mix is None:
             return (earlier_BTKH + own_BTKH) * 0.5
