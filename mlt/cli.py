@@ -3,6 +3,7 @@
 Nothing heavy is imported before it is needed: help and wrong command lines answer without JAX.
 """
 
+import logging
 import os
 import sys
 import traceback
@@ -128,11 +129,12 @@ def verify(
 @click.option("--temperature", default=0.8, show_default=True, help="0 takes the most likely token.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--step", type=int, help="Checkpoint to use; the newest by default.")
-def generate(run_dir: Path, prompt: str, tokens: int, temperature: float, seed: int, step: int | None) -> None:
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Hold the parameters in this type.")
+def generate(run_dir: Path, prompt: str, tokens: int, temperature: float, seed: int, step: int | None, dtype: str | None) -> None:
     """Continue a prompt with a run's newest checkpoint."""
     from mlt.evals.sample import sample_run
 
-    click.echo(sample_run(run_dir, prompt, tokens=tokens, temperature=temperature, seed=seed, step=step))
+    click.echo(sample_run(run_dir, prompt, tokens=tokens, temperature=temperature, seed=seed, step=step, dtype=dtype))
 
 
 @cli.command("eval")
@@ -147,6 +149,39 @@ def eval_(run_dir: Path, suite: str, rows: int, seed: int, step: int | None, lon
     from mlt.evals.suites import evaluate_run
 
     evaluate_run(run_dir, suite, say=click.echo, rows=rows, seed=seed, step=step, long_mamba=long_mamba)
+
+
+@cli.command()
+@click.argument("configs", nargs=-1, required=True, metavar="CONFIG...", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Where the runs and the table go; the same folder goes on.")
+@click.option("--arg", "args", multiple=True, metavar="NAME=V1,V2", help="Argument of config functions; each value is a run.")
+@click.option("--set", "sets", multiple=True, metavar="A.B=VALUE", help="Replace one leaf of every config; may repeat.")
+@click.option("--seeds", metavar="S1,S2", default="", help="Train every config with each of these seeds.")
+@click.option("--anyway", is_flag=True, help="Compare runs of other data, tokenizer, batch or steps; the table says which.")
+@click.option("--as-is", is_flag=True, help="Train nothing: only put what the runs have logged into the table.")
+def compare(
+    configs: tuple[Path, ...],
+    out: Path | None,
+    args: tuple[str, ...],
+    sets: tuple[str, ...],
+    seeds: str,
+    anyway: bool,
+    as_is: bool,
+) -> None:
+    """Train several configs, or several values of an argument, on the same data, and compare them in one table.
+
+    A CONFIG may be a run directory: it is resumed where it is not finished, and read where it is.
+    """
+    from mlt.errors import UserError
+
+    try:
+        numbers = tuple(int(seed) for seed in seeds.split(",") if seed.strip())
+    except ValueError:
+        raise UserError(f"--seeds {seeds}: must be numbers between commas, such as 0,1,2") from None
+    from mlt.compare.run import Options, compare
+    from mlt.train.loop import train
+
+    compare(configs, Options(out, args, sets, numbers, anyway, as_is), train=train, say=click.echo)
 
 
 @cli.command()
@@ -273,7 +308,7 @@ def diff(first: str, second: str) -> None:
 @click.argument("place")
 @level_option
 def verify_(place: str, level: str | None) -> None:
-    """Read every committed checkpoint again, to the last byte; exit code 1 where one is damaged."""
+    """Read every committed checkpoint again, to the last byte; exit code 1 where one is damaged, or there is none."""
     from mlt.checkpoint.show import verify_text
 
     text, whole = verify_text(place, level)
@@ -289,10 +324,20 @@ def _load(path: Path, args: tuple[str, ...], sets: tuple[str, ...]):
     return load_config(path, args=args, sets=sets, root=RunConfig, check=False)
 
 
+def _warn_plainly() -> None:
+    """Print our warnings as the console prints its own, whatever a library does to the root logger."""
+    handler, logger = logging.lastResort, logging.getLogger("mlt")
+    if handler is not None:
+        handler.setFormatter(logging.Formatter("warning: %(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
 def main() -> None:
     """Run the command; turn known failures into one message and an exit code."""
     from mlt.errors import EXIT_FAILED, EXIT_LOST, EXIT_PREEMPTED, EXIT_USER, PeerLost, Preempted, RunFailed, UserError
 
+    _warn_plainly()
     codes = {UserError: EXIT_USER, RunFailed: EXIT_FAILED, PeerLost: EXIT_LOST, Preempted: EXIT_PREEMPTED}
     try:
         cli(standalone_mode=True)

@@ -13,11 +13,14 @@ from types import ModuleType
 from typing import Any
 
 from mlt.config.load import sibling
+from mlt.data.tokenize import ByteTokenizer
 from mlt.model.count import count, decoding_bytes
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOC = ROOT / "docs" / "families.md"
 BEGIN, END = "<!-- family table: python tools/family_table.py --write -->\n", "<!-- end of the family table -->\n"
+TOKENS = ByteTokenizer().token_strings()
+"""What the families' own data is made of; mixers that compress tokens are built for them."""
 UNITS = {"M": 1e6, "B": 1e9}
 
 
@@ -35,7 +38,7 @@ def agrees(params: int, stated: str) -> bool:
 
 
 def row(name: str, paper: str, label: str, size: Any) -> list[str]:
-    specs = size.model.build()
+    specs = size.model.build(TOKENS)
     total = count(size.model, specs, 4096)
     if size.published is None:
         verdict = size.note

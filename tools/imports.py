@@ -31,6 +31,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "checkpoint": ("errors",),
     "export": ("model", "mixers", "nn", "parallel", "data", "train", "checkpoint", "config", "errors", "__init__"),
     "evals": ("model", "mixers", "nn", "parallel", "loss", "data", "train", "config", "errors"),
+    "compare": ("model", "train", "checkpoint", "report", *COMMON, "config.run", "config.check"),
     "verify": (
         "model",
         "mixers",

@@ -16,10 +16,14 @@ from mlt.model.lm import LMConfig
 from mlt.model.remat import Remat
 from mlt.optim.adamw import AdamW
 from mlt.optim.schedule import WarmupCosine
+from mlt.optim.table import TableOptimizer
 from mlt.report.sinks import LogConfig
 
 VOCAB = 272
 """Rows of the small models' embeddings: a byte tokenizer's."""
+
+PAD = 258
+"""Its padding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Size:
         learning_rate: peak rate.
         context: tokens of a row.
         rows: rows of a batch.
+        tables: optimizers of sparse tables; without, they are trained as everything else is, at five times the rate.
     """
 
     model: LMConfig
@@ -41,6 +46,7 @@ class Size:
     learning_rate: float = 4e-4
     context: int = 4096
     rows: int = 128
+    tables: TableOptimizer | tuple[TableOptimizer, ...] | None = None
 
 
 def runs(sizes: Mapping[str, Size]) -> Callable[..., RunConfig]:
@@ -63,7 +69,7 @@ def _small(size: Size, steps: int | None, sequence_length: int | None, batch_siz
         model=size.model,
         data=_data(sequence_length or 256, batch_size or 4),
         train=TrainConfig(steps=steps or 200, compute_dtype="float32"),
-        optimizer=AdamW(learning_rate=3e-3),
+        optimizer=AdamW(learning_rate=3e-3, tables=size.tables),
         schedule=WarmupCosine(warmup_steps=20),
         remat=Remat(mode="none"),
         checkpoint=CheckpointConfig(every_steps=100),
@@ -78,7 +84,7 @@ def _published(size: Size, steps: int | None, sequence_length: int | None, batch
         model=size.model,
         data=_data(sequence_length or size.context, batch_size or size.rows),
         train=TrainConfig(steps=steps or 100_000),
-        optimizer=AdamW(learning_rate=size.learning_rate),
+        optimizer=AdamW(learning_rate=size.learning_rate, tables=size.tables),
         schedule=WarmupCosine(warmup_steps=2000),
     )
 

@@ -13,6 +13,10 @@ from mlt.nn.param import partition
 from mlt.optim.fit import table_problems, too_long
 from mlt.parallel import carry, ring
 from mlt.plan.text import ring_shape
+from mlt.train.clusters import cluster_problems
+from mlt.train.hashing import hashing_problems
+from mlt.train.residents import host_table_problems, on_devices
+from mlt.train.teacher import distill_problems
 
 CROSSINGS: dict[str, tuple[str, ...]] = {"ring": ring.STRATEGIES, "carry": carry.EXCHANGES, "halo": ()}
 """Kind of mixer (`SequenceMixerConfig.context`) -> ways in which what it needs can cross sequence shards."""
@@ -48,6 +52,9 @@ def cross_section_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem("model.vocab_size", config.model.vocab_size, rule, f"use {tokenizer_vocab} or more")
     yield from _shards(config)
     yield from _tables(config)
+    yield from hashing_problems(config)
+    yield from cluster_problems(config)
+    yield from distill_problems(config)
 
 
 def _batch(config: RunConfig) -> Iterator[Problem]:
@@ -83,9 +90,9 @@ def _sequence_shards(config: RunConfig) -> Iterator[Problem]:
         if mixer.exchange is not None and mixer.exchange not in ways:
             rule = f"is no way to split {type(mixer).__name__} over sequence shards"
             yield Problem(f"{path}.exchange", mixer.exchange, rule, f"use {', '.join(ways)}" if ways else "leave it None")
-        elif shards > 1 and mixer.context not in CROSSINGS:
+        elif shards > 1 and (mixer.context not in CROSSINGS or mixer.whole_rows()):
             rule = f"splits sequences, and {type(mixer).__name__} ({path}) works on whole ones"
-            yield Problem("mesh.context", shards, rule, "use mesh.context=1, or leave that mixer out")
+            yield Problem("mesh.context", shards, rule, f"use mesh.context=1, or {mixer.whole_rows() or 'leave that mixer out'}")
     if shards > 1 and length % shards:
         below = length // shards * shards
         fitting = [n for n in range(1, min(length, 2 * shards) + 1) if length % n == 0]
@@ -114,9 +121,11 @@ def _tables(config: RunConfig) -> Iterator[Problem]:
     """Settings of sparse tables that fit none of the model's, and tables that are too long for their owners."""
     if collect_problems(config.model) or collect_problems(config.mesh) or collect_problems(config.optimizer):
         return
-    specs, _ = partition(config.model.build(config.data.tokenizer.token_strings()))
+    whole = config.model.build(config.data.tokenizer.token_strings())
+    specs, _ = partition(whole)
+    yield from host_table_problems(config, whole)
     yield from (problem.under("optimizer") for problem in table_problems(config.optimizer.table_optimizers, specs))
-    yield from too_long(specs, config.mesh.abstract_rules())
+    yield from too_long(on_devices(config, specs), config.mesh.abstract_rules())
 
 
 def _shards(config: RunConfig) -> Iterator[Problem]:

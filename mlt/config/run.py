@@ -13,6 +13,7 @@ from mlt.optim.base import OptimizerConfig
 from mlt.optim.schedule import Schedule, WarmupCosine
 from mlt.parallel.mesh import Layout
 from mlt.report.sinks import LogConfig
+from mlt.train.distill import Distill
 from mlt.train.guard import GuardConfig
 
 
@@ -32,6 +33,7 @@ class TrainConfig(Config):
             run ends; None never ends it.
         check_every_steps: at every so many steps, do the step twice and compare the results bit for bit; None never does.
         guard: what is done about a loss or gradient that is not finite, or a spike.
+        distill: the run whose model this one learns from; None learns from the data alone.
     """
 
     steps: int
@@ -45,6 +47,7 @@ class TrainConfig(Config):
     hang_timeout_seconds: float | None = 1800.0
     check_every_steps: int | None = None
     guard: GuardConfig = GuardConfig()
+    distill: Distill | None = None
 
     def problems(self) -> Iterator[Problem]:
         for name in ("steps", "grad_accumulation"):
@@ -76,6 +79,8 @@ class CheckpointConfig(Config):
         durable_keep: newest copies kept.
         durable_keep_every_steps: copies of steps divisible by this stay for good; None has no such steps.
         durable_wait_seconds: how long the end of a process waits for a copy that is under way.
+        change_dtype: go on with `train.compute_dtype` where the run was saved with another one, which is refused otherwise; and
+            take arrays that were saved in another floating type as this config has them, rounded.
     """
 
     every_steps: int = 500
@@ -86,6 +91,7 @@ class CheckpointConfig(Config):
     durable_keep: int = 3
     durable_keep_every_steps: int | None = None
     durable_wait_seconds: float = 120.0
+    change_dtype: bool = False
 
     def problems(self) -> Iterator[Problem]:
         intervals = ("keep_every_steps", "durable_every_steps", "durable_keep_every_steps")

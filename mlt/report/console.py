@@ -38,10 +38,11 @@ class RunConsole:
         self.progress.start()
         self.task = self.progress.add_task("train", total=self.total, completed=step, line="")
 
-    def logged(self, step: int, metrics: Mapping[str, float], bits_per_byte: float) -> None:
+    def logged(self, step: int, metrics: Mapping[str, float], bits_per_byte: float | None) -> None:
         """Show a logged step."""
         speed, wait = metrics["throughput/tokens_per_second"], metrics["data/wait_seconds"]
-        line = f"loss {metrics['train/loss']:.3f}  {bits_per_byte:.2f} bits/byte  {speed:,.0f} tokens/s"
+        bits = "" if bits_per_byte is None else f"{bits_per_byte:.2f} bits/byte  "
+        line = f"loss {metrics['train/loss']:.3f}  {bits}{speed:,.0f} tokens/s"
         if wait > 0.01:
             line += f"  waited {wait:.2f} s for data"
         line += "".join(f"  {name}" for name, value in metrics.items() if name.startswith("alarm/") and value)
@@ -63,6 +64,6 @@ def open_console(total_steps: int, *, process: int, log_path: Path) -> RunConsol
     log_path.parent.mkdir(parents=True, exist_ok=True)
     file = log_path.open("a", buffering=1)
     logger = logging.getLogger("mlt")
-    logger.addHandler(logging.StreamHandler(file))
+    logger.handlers[:] = [logging.StreamHandler(file)]
     logger.propagate = False
     return RunConsole(total_steps, file)

@@ -13,6 +13,7 @@ import yaml
 
 from mlt.checkpoint.layout import CheckpointError, committed_steps, read_meta, step_path
 from mlt.errors import UserError
+from mlt.report.collisions import HEADS, collision_table
 from mlt.report.goodput import CAUSES, Account
 from mlt.report.history import History, Series, families, read_account, read_history, read_rows, wait_share
 from mlt.report.plots import SMOOTH_FROM, Line, Plot, draw
@@ -47,7 +48,9 @@ def write_report(run_dir: str | Path) -> Path:
     try:
         write_whole(paths.report_path, _page(paths))
     except OSError as error:
-        raise UserError(f"cannot write {paths.report_path}: {error.strerror}") from error
+        raise UserError(
+            f"cannot write {paths.report_path}: {error.strerror}; free space, change the rights, or copy the run elsewhere"
+        ) from error
     return paths.report_path
 
 
@@ -62,6 +65,7 @@ def _page(paths: RunPaths) -> str:
             _time(read_account(paths.logs_path / "goodput.jsonl")),
             _more(history),
             _samples(paths),
+            _collisions(paths),
             _checkpoints(paths),
             _origin(history),
             _sources(_read(paths.plan_path), config),
@@ -245,6 +249,14 @@ def _samples(paths: RunPaths) -> str:
 def _sample(row: dict[str, Any]) -> str:
     prompt = html.escape(printable(str(row.get("prompt") or "")))
     return f'<div class="sample"><b>{prompt}</b>{html.escape(printable(row["text"]))}</div>'
+
+
+def _collisions(paths: RunPaths) -> str:
+    found = collision_table(paths.collisions_path)
+    if found is None:
+        return ""
+    rows, note = found
+    return f'<section><h2>Hash collisions</h2>{_table(HEADS, rows, plain=True)}<p class="note">{note}</p></section>'
 
 
 def _checkpoints(paths: RunPaths) -> str:

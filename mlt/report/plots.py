@@ -14,9 +14,11 @@ from mlt.report.text import amount, byte_size, power
 
 # Colours matplotlib draws with, each replaced by a variable of the style sheet.
 _VARIABLES = {"#010a0a": "--ink", "#020b0b": "--muted", "#030c0c": "--grid", "#040d0d": "--bad"}
-_VARIABLES |= {f"#0{index}0e0e": f"--line{index}" for index in range(1, 4)}
+_VARIABLES |= {f"#0{index}0e0e": f"--line{index}" for index in range(1, 7)}
 _INK, _MUTED, _GRID, _BAD = list(_VARIABLES)[:4]
 _LINES = list(_VARIABLES)[4:]
+MOST_LINES = len(_LINES)
+"""Lines of a plot that have colours of their own, and a legend."""
 SMOOTH_FROM = 60  # points from which a line is drawn smooth over its faint self
 _STEPS = (1, 2, 2.5, 5, 10)  # of the axes' ticks
 _SETTINGS: dict[Any, Any] = {
