@@ -1,7 +1,8 @@
 """Eight simulated devices for every test, set up before jax is imported; and room for the programs of many tests.
 
-Most of the suite's time would be LLVM's: programs are compiled without its optimization, which changes no rule of arithmetic. What
-proves bits asks for it by name (`tests/mixers/test_conformance.py`), runs of the command have it, and so has the whole suite with
+Most of the suite's time would be LLVM's: programs are compiled without its optimization, which changes no rule of
+arithmetic. What proves bits asks for it by name (`tests/mixers/test_conformance.py`), runs of the command have it, and so
+has the whole suite with
 
     XLA_FLAGS=--xla_backend_optimization_level=3 python -m pytest
 """

@@ -19,11 +19,12 @@ import pytest
 
 import mlt.mixers
 from mlt.config.check import CROSSINGS
-from mlt.mixers.base import ChannelMixerConfig, Context, SequenceMixerConfig
+from mlt.loss import context_of
+from mlt.mixers.base import ChannelMixerConfig, SequenceMixerConfig
 from mlt.nn.param import initialize, merge, named_leaves, partition
 from mlt.parallel.mesh import Layout
 from mlt.parallel.rules import Rules
-from mlt.verify.material import described, lively, packed_rows
+from mlt.verify.material import clusters_of, described, lively, packed_rows
 from mlt.verify.mesh import ROUNDINGS, TOLERANCE, distance
 
 FOLDER = pathlib.Path(mlt.mixers.__file__).parent
@@ -70,7 +71,7 @@ def outcome(mixer, specs, batch, x, cotangent, rules: Rules) -> dict[str, np.nda
         x, cotangent = (jax.device_put(a, rules.sharding(("batch", "seq", "stream"))) for a in (x, cotangent))
 
     def objective(trained, x, batch, cotangent):
-        ctx = Context(batch["tokens"], batch["segment_ids"], batch["positions"], rules, True)
+        ctx = context_of(batch, rules, train=True)
         y, aux = merge(trained, buffers)(x, ctx)
         y = jnp.where((batch["segment_ids"] > 0)[..., None], rules.constrain(y, ("batch", "seq", "stream")), 0)
         return jnp.sum(y * cotangent) + sum(v for name, v in aux.items() if name.startswith("loss/")), y
@@ -87,7 +88,7 @@ def test_random_layouts_equal_one_device(name):
     specs = described(config, info)[0]
     mixer = lively(initialize(specs, 0), 1)
     rng = np.random.default_rng(2)
-    batch = packed_rows(rng, rows=ROWS, length=LENGTH, num_ids=info.vocab_size)
+    batch = packed_rows(rng, rows=ROWS, length=LENGTH, num_ids=info.vocab_size, **clusters_of(config))
     x, cotangent = rng.standard_normal((2, ROWS, LENGTH, info.d_model)).astype(np.float32)
     expected = outcome(mixer, specs, batch, x, cotangent, Rules(None))
     shaken = outcome(mixer, specs, batch, x * (1 + np.float32(2.0**-23)), cotangent, Rules(None))

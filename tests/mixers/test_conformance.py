@@ -23,7 +23,7 @@ from mlt.loss import context_of
 from mlt.mixers.base import BuildInfo, ChannelMixerConfig, Context, MixerConfig, SequenceMixerConfig
 from mlt.nn.param import ParamSpec, initialize, merge, named_leaves, partition
 from mlt.parallel.rules import LOGICAL_TO_MESH, Rules
-from mlt.verify.material import described, lively, packed_rows
+from mlt.verify.material import clusters_of, described, lively, packed_rows
 
 FOLDER = pathlib.Path(mlt.mixers.__file__).parent
 ROWS, LENGTH = 2, 96
@@ -91,8 +91,8 @@ class Case:
         return self.gradients(x, batch, cotangent)[1]
 
     def batch(self, seed: int = 0, length: int = LENGTH) -> dict[str, np.ndarray]:
-        ids, clusters = self.info.vocab_size, self.config.num_clusters
-        return packed_rows(np.random.default_rng(seed), rows=ROWS, length=length, num_ids=ids, clusters=clusters)
+        rng, ids = np.random.default_rng(seed), self.info.vocab_size
+        return packed_rows(rng, rows=ROWS, length=length, num_ids=ids, **clusters_of(self.config))
 
     def stream(self, seed: int = 0, length: int = LENGTH) -> np.ndarray:
         return np.random.default_rng(seed + 100).standard_normal((ROWS, length, self.info.d_model)).astype(np.float32)
