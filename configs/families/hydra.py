@@ -1,7 +1,8 @@
 """Hydra (arXiv 2508.15099), a proposal: state spaces with some attention and experts beside them, and a product-key memory.
 
 The layout is the public prototype's: mixers side by side with gates 1, 0.15 and 0.5, attention in every fourth block, experts in
-every other. Its gate over chunk means and its workspace read tokens to come, and are not here; experts are chosen by token.
+every other. Its gate over chunk means and its workspace read tokens to come, and are not here; the first token of a chunk of 32
+chooses the chunk's experts.
 """
 
 from mlt.config.load import sibling
@@ -32,13 +33,13 @@ def model(
 SMALL = (
     Mamba2(num_heads=8, head_dim=16, state_dim=16),
     Attention(num_heads=4, head_dim=16, window=64),
-    MoE(num_experts=4, num_experts_per_token=2, d_ff=64, router="softmax"),
+    MoE(num_experts=4, num_experts_per_token=2, d_ff=64, router="softmax", chunk_len=32),
     ProductKeyMemory(num_keys=16, num_selected=4, num_heads=2, key_dim=32),
 )
 PROTOTYPE = (
     Mamba2(num_heads=8, head_dim=64, state_dim=64),
     Attention(num_heads=4, head_dim=64, window=256),
-    MoE(num_experts=4, num_experts_per_token=2, d_ff=256, router="softmax"),
+    MoE(num_experts=4, num_experts_per_token=2, d_ff=256, router="softmax", chunk_len=32),
     ProductKeyMemory(num_keys=64, num_selected=4, num_heads=1, key_dim=64, value_dim=128),
 )
 SIZES = {

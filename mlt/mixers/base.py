@@ -20,7 +20,7 @@ from mlt.parallel.rules import Rules
 
 Aux = dict[str, jax.Array]
 """Small facts about one call. Keys say how to reduce them over micro-batches and what they are for:
-`loss/x` is added to the training loss, `metric/x` is averaged and logged, `count/x` (per expert) is summed."""
+`loss/x` is added to the training loss, `metric/x` is averaged and logged, `count/x` (per expert, or one number) is summed."""
 
 Arrays = dict[str, jax.Array]
 """One published value: arrays by the names of its parts."""

@@ -20,10 +20,10 @@ from mlt.verify.mesh import MeshStep, compare
 CONFIG = "configs/quickstart.py"
 SMALL = {"width": "64", "sequence_length": "64", "batch_size": "8"}
 LAYOUTS = {
-    "tensor": {"replica": 2, "fsdp": 2, "tensor": 2, "zero": 2},
     "all": {"fsdp": 2, "context": 2, "expert": 2, "carry": "ring", "attention": "zigzag"},
 }
 MORE = {
+    "tensor": {"replica": 2, "fsdp": 2, "tensor": 2, "zero": 2},
     "context": {"context": 8, "carry": "permute"},
     "data": {"replica": 2, "fsdp": 4, "zero": 1},
     "fsdp_tensor": {"fsdp": 4, "tensor": 2},

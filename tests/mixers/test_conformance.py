@@ -3,8 +3,8 @@
     MLT_FULL=1 python -m pytest tests/mixers/test_conformance.py
 
 tries more lengths. A mixer that reads what others publish, or shares parameters, runs behind those others in a small stack
-(`mlt.verify.material.described`). What compares bits is compiled as users compile it, the rest without LLVM's optimization
-(`tests/conftest.py`).
+(`mlt.verify.material.described`). The outputs whose bits are compared are compiled as users compile them, with MLT_FULL their
+gradients too; the rest without LLVM's optimization (`tests/conftest.py`).
 """
 
 import dataclasses
@@ -85,7 +85,9 @@ class Case:
             y, aux = merge(trained, buffers)(x, context(batch))
             return jnp.sum(y * cotangent) + sum(v for name, v in aux.items() if name.startswith("loss/"))
 
-        return functools.partial(jax.jit(jax.grad(objective, argnums=(0, 1)), compiler_options=AS_USERS_DO), trained)
+        return functools.partial(
+            jax.jit(jax.grad(objective, argnums=(0, 1)), compiler_options=AS_USERS_DO if FULL else None), trained
+        )
 
     def gradient(self, x, batch, cotangent):
         return self.gradients(x, batch, cotangent)[1]
