@@ -47,7 +47,7 @@ def test_kill_9_and_the_same_command_again(mlt, whole, tmp_path, step):
     assert_equal_to(whole, run_dir)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM])  # others are among the trials of the fault suite
 def test_a_request_to_stop_saves_and_asks_to_be_requeued(mlt, whole, tmp_path, number):
     run_dir = tmp_path / "run"
     process = mlt.start("train", TINY, "--run-dir", run_dir)
