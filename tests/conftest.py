@@ -17,7 +17,7 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 FLAGS = os.environ.get("XLA_FLAGS", "")
 if "xla_backend_optimization_level" not in FLAGS:
-    FLAGS += " --xla_backend_optimization_level=0"
+    FLAGS += " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = FLAGS + " --xla_force_host_platform_device_count=8"
 os.environ["WANDB_MODE"] = "offline"
 
