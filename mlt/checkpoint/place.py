@@ -19,7 +19,7 @@ from mlt.checkpoint.arrays import StoredArrays
 from mlt.checkpoint.layout import StepFiles
 from mlt.checkpoint.leaves import Leaf, is_key
 
-IN_FLIGHT_BYTES = 100 << 20
+IN_FLIGHT_BYTES = 64 << 20
 _READERS = 4
 
 
