@@ -98,8 +98,9 @@ def test_time_memory(
       implementation: see `mlt_kernels.dispatch`.
 
     Returns:
-      o (B, T, H, V) in the dtype of v, 0 at padding; or (o, MemoryState). Matrix products take operands in the dtype of
-      q, k and v and accumulate in float32; states, gates, losses, norms and links are float32 (float64 if any input is).
+      o (B, T, H, V) in the dtype of v, 0 at padding; or (o, MemoryState). Matrix products, states, gates, losses, norms and
+      links are float32 (float64 if any input is), whatever the dtype of q, k and v; for those of 16 bits accelerators make a
+      product of three of 16-bit operands, at least 16 of float32's 24 digits.
 
     Raises:
       ValueError, TypeError: a shape, dtype or option is wrong.

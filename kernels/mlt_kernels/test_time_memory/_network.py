@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mlt_kernels.test_time_memory._products import HIGHEST, Product
 from mlt_kernels.test_time_memory._spec import MemorySpec
 
-HIGHEST = jax.lax.Precision.HIGHEST
 NORM_EPS = 1e-6
 SMOOTH = 1e-6
 LINK_FLOOR = 1e-3
@@ -105,7 +105,11 @@ def accumulator(spec: MemorySpec, w: Array) -> Array:
     return w * jnp.maximum(power_norm(w, q), LINK_FLOOR) ** ((q - 2) / (3 - q))
 
 
-def orthogonalize(spec: MemorySpec, g: Array) -> Array:
+def exact(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision=HIGHEST)
+
+
+def orthogonalize(spec: MemorySpec, g: Array, product: Product = exact) -> Array:
     """Newton-Schulz: the singular values of g, divided by its Frobenius norm, towards 1."""
     if not spec.newton_schulz:
         return g
@@ -117,8 +121,8 @@ def orthogonalize(spec: MemorySpec, g: Array) -> Array:
 
     def iterate(x: Array, coefficients: Array) -> tuple[Array, None]:
         a, b, c = coefficients
-        gram = jnp.matmul(x, jnp.swapaxes(x, -2, -1), precision=HIGHEST)
-        return a * x + jnp.matmul(b * gram + c * jnp.matmul(gram, gram, precision=HIGHEST), x, precision=HIGHEST), None
+        gram = product(x, jnp.swapaxes(x, -2, -1))
+        return a * x + product(b * gram + c * product(gram, gram), x), None
 
     x, _ = jax.lax.scan(iterate, x, jnp.asarray(spec.newton_schulz, x.dtype))
     return jnp.swapaxes(x, -2, -1) if tall else x

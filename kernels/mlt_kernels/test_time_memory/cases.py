@@ -15,7 +15,8 @@ from mlt_kernels.testing import segment_ids
 @dataclasses.dataclass(frozen=True)
 class Case:
     """Sizes and kind of one call; `documents` is their mean length, None for no segment ids; `momentum` of rule "chunk";
-    `state` an initial state in the middle of a chunk."""
+    `step` the mean of the steps; `scale` the standard deviation of the initial weights, None for 1 / sqrt(fan-in); `state` an
+    initial state in the middle of a chunk."""
 
     spec: MemorySpec
     B: int = 2
@@ -30,6 +31,7 @@ class Case:
     momentum: bool = False
     per_matrix: bool = False
     step: float = 0.1
+    scale: float | None = None
     state: bool = False
 
 
@@ -37,6 +39,8 @@ TITANS = MemorySpec(chunk_size=4, activation="silu", loss_scale=2.0, rule="momen
 TTT = {"bias": True, "layer_norm": True, "residual": True, "rule": "mean"}
 MIRAS: dict[str, Any] = {"layer_norm": True, "residual": True}
 
+# What a memory learns shows in few tokens: steps a hundred times the published ones, and LaCT's chunks shorter than its head, so
+# that most singular values of a step are 0. Good for comparisons in float64; in float32 these functions are too steep.
 TESTS: dict[str, Case] = {
     "titans": Case(TITANS, state=True),
     "titans_deep": Case(dataclasses.replace(TITANS, layer_norm=True, residual=True), layers=3, decay=False, documents=None),
@@ -62,6 +66,33 @@ TESTS: dict[str, Case] = {
     "memora": Case(MemorySpec(chunk_size=4, loss_scale=2.0, link="softmax", read="chunk", **MIRAS)),
     "tnt_local": Case(MemorySpec(chunk_size=2, reset_every=4, loss_scale=2.0), decay=False, documents=12.0),
     "tnt_global": Case(MemorySpec(chunk_size=4, net="gated", loss="huber_norm", read="chunk"), decay=False, V=7),
+}
+
+STEP = 0.05 / 64
+"""A published step: of TTT's, Titans' and Miras' MLPs, 0.1 sigmoid(0) / head_dim with heads of 64."""
+
+
+def _published(name: str, **changes: Any) -> Case:
+    # Sixteen values a head: with six, a layer norm now and then divides by next to nothing.
+    return dataclasses.replace(TESTS[name], **({"step": STEP, "K": 16, "V": 16, "hidden": 32} | changes))
+
+
+# The memories as their papers and code have them: steps, initial weights, and for LaCT five times as many tokens in a chunk as
+# its head is wide (2048 of 384) at softplus^-1(0.001).
+PUBLISHED: dict[str, Case] = {
+    "titans": _published("titans", scale=0.02),
+    "titans_deep": _published("titans_deep"),
+    "ttt_mlp": _published("ttt_mlp", scale=0.02),
+    "lact": _published(
+        "lact",
+        **{"step": 1e-3, "T": 90, "K": 6, "V": 5, "hidden": 6, "documents": 50.0},
+        spec=dataclasses.replace(TESTS["lact"].spec, chunk_size=32),
+    ),
+    "moneta": _published("moneta"),
+    "yaad": _published("yaad"),
+    "memora": _published("memora", scale=1.0),
+    "tnt_local": _published("tnt_local"),
+    "tnt_global": _published("tnt_global"),
 }
 
 BENCHES: dict[str, Case] = {
@@ -91,7 +122,7 @@ def arguments(case: Case, *, seed: int = 0, dtype: Any = jnp.float32) -> dict[st
     if widths is None:
         sides = [K, *[case.hidden] * (case.layers - 1), V]
         widths = list(itertools.pairwise(sides))
-    memory = tuple(jnp.asarray(normal(H, a + spec.bias, b) * a**-0.5, kind) for a, b in widths)
+    memory = tuple(jnp.asarray(normal(H, a + spec.bias, b) * (case.scale or a**-0.5), kind) for a, b in widths)
     steps = (B, T, H, len(memory)) if case.per_matrix else (B, T, H)
     gates = {"step": case.step * rng.uniform(0.5, 1.5, steps)}
     if spec.running and case.decay:

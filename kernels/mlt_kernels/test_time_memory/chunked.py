@@ -20,11 +20,10 @@ from jax import Array
 
 from mlt_kernels.test_time_memory import _network as network
 from mlt_kernels.test_time_memory._pieces import Grid, Pieces, grid, pieces
+from mlt_kernels.test_time_memory._products import HIGHEST, Product, product_for
 from mlt_kernels.test_time_memory._spec import MemorySpec, MemoryState, started
 
-HIGHEST = jax.lax.Precision.HIGHEST
 Matrices = tuple[Array, ...]
-Product = Callable[[Array, Array], Array]
 
 
 def unsupported(**_: Any) -> str | None:
@@ -69,9 +68,7 @@ def run(
     if isinstance(cut, Pieces):
         xs["document"] = cut.document_JBC
 
-    def dot(a: Array, b: Array) -> Array:
-        return jnp.matmul(a.astype(low), b.astype(low), precision=HIGHEST, preferred_element_type=wide)
-
+    dot = product_for(low, wide)
     scale_and_bias = None if norm is None else (norm[0][:, None], norm[1][:, None])
     body = _Body(spec, memory, row_weight, scale_and_bias, q.shape[-1], tuple(present), wide, dot)
     start = started(tuple(jnp.broadcast_to(w, (B, *w.shape)) for w in memory), spec, gated)._replace(position=None)
@@ -273,7 +270,7 @@ class _Body:
                 step = tuple(s + _whole(mean, p) for s, p in zip(steps, state.previous, strict=True))
                 previous = tuple(_where(ends, s, p) for s, p in zip(step, state.previous, strict=True))
                 state = state._replace(previous=previous, gate_sum=_where(ends, jnp.zeros_like(total), total))
-            moved = [state.weights[n] + network.orthogonalize(spec, step[n]) for n in levels]
+            moved = [state.weights[n] + network.orthogonalize(spec, step[n], self.dot) for n in levels]
             moved = [network.renormalize(spec, w, initial) for w, initial in zip(moved, self.memory, strict=True)]
             state = state._replace(steps=nothing)
         return state._replace(weights=tuple(_where(ends, m, w) for m, w in zip(moved, state.weights, strict=True)))
