@@ -4,6 +4,7 @@ Letters: B rows, J chunks, C tokens of a chunk, H value heads, Y = B H, X = B Hk
 K key dim, V value dim.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -73,6 +74,8 @@ def run(
     if normalized:
         gate = jnp.zeros((B, T, H), wide) if log_input is None else log_input
         xs["log_input"] = chunks(real(gate, EMPTY_LOG_SCALE), constant_values=EMPTY_LOG_SCALE)
+        if segment_ids is not None:
+            xs["real"] = chunks(jnp.broadcast_to((segment_ids != 0)[..., None], (B, T, H)))
     elif log_input is not None:
         beta = jnp.exp(log_input) if beta is None else beta * jnp.exp(log_input)
     if beta is not None:
@@ -111,11 +114,20 @@ def run(
             write_YCV = solve(jnp.tril(overlap_YCC, -1), write_YCV)
         else:
             (scores_YCC,) = decay.scores([q_XCK], k_XCK, dot)
-        o_YCV = scale * (decay.read(q_YCK, state_YKV, dot) + dot(scores_YCC, write_YCV))
+        if normalizer == "sum":
+            # The same rounded weights of the same values above and below the line: one token alone gives its value, with no
+            # gradient for its weight. Weights of one sign lose nothing by it; mLSTM's may cancel and are summed as they are.
+            weights_YCC = scores_YCC if beta is None else scores_YCC * xs["beta"][:, None, :]
+            weights_YCC = rounded(weights_YCC, low)
+            inside_YCV = weighted(weights_YCC, v_YCV.astype(low))
+        else:
+            inside_YCV = dot(scores_YCC, write_YCV)
+        o_YCV = scale * (decay.read(q_YCK, state_YKV, dot) + inside_YCV)
         leaving = (decay.update(state_YKV, k_YCK, write_YCV, dot),)
         if normalized:
             one_YC1 = xs["beta"][..., None] if beta is not None else jnp.ones((B * H, C, 1), wide)
-            sum_YC1 = decay.read(q_YCK, carry[1][..., None], full_dot) + full_dot(scores_YCC, one_YC1)
+            weighed = (weights_YCC, jnp.ones_like(one_YC1)) if normalizer == "sum" else (scores_YCC, one_YC1)
+            sum_YC1 = decay.read(q_YCK, carry[1][..., None], full_dot) + full_dot(*weighed)
             sum_YC1 = scale * sum_YC1
             if normalizer == "mlstm":
                 bound_YC = jnp.exp(-jnp.minimum(scale_YC, LARGEST_BOUND))
@@ -123,6 +135,11 @@ def run(
             o_YCV = o_YCV / jnp.where(sum_YC1 == 0, 1, sum_YC1)
             key_sum_YK1 = decay.update(carry[1][..., None], k_YCK, one_YC1, full_dot)
             leaving = (*leaving, key_sum_YK1[..., 0], scale_YC[:, -1])
+            if "real" in xs:
+                # Nothing was added, so nothing was scaled: the parts of the state keep their gradients too.
+                some_Y = jnp.any(xs["real"], axis=1)
+                kept = [jnp.where(some_Y.reshape(-1, *[1] * (x.ndim - 1)), x, y) for x, y in zip(leaving, carry, strict=True)]
+                leaving = tuple(kept)
         return leaving, (o_YCV.astype(v.dtype), state_YKV if return_chunk_states else None)
 
     carry = _start(initial_state, B, H, K, V, normalizer, wide)
@@ -135,6 +152,36 @@ def run(
     if return_chunk_states:
         result.append(jnp.moveaxis(entering.reshape(J, B, H, K, V), 0, 1))
     return result[0] if len(result) == 1 else tuple(result)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def rounded(x: Array, dtype: Any) -> Array:
+    """`x` with the digits of `dtype`, its gradient as it is."""
+    kind = jnp.finfo(dtype)
+    return x if kind.bits >= jnp.finfo(x.dtype).bits else jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
+
+
+rounded.defvjp(lambda x, dtype: (rounded(x, dtype), None), lambda dtype, _, grad: (grad,))
+
+
+@jax.custom_vjp
+def weighted(weights_YCC: Array, v_YCV: Array) -> Array:
+    """weights @ v with operands in the dtype of v, in which the weights lose nothing, and weights' gradients in their own.
+
+    Rounded gradients of weights would not meet those of the weights' sum, which take the same away.
+    """
+    weights = weights_YCC.astype(v_YCV.dtype)
+    return jnp.matmul(weights, v_YCV, precision=HIGHEST, preferred_element_type=weights_YCC.dtype)
+
+
+def _weighted_bwd(saved: tuple[Array, Array], grad_YCV: Array) -> tuple[Array, Array]:
+    weights_YCC, v_YCV = saved
+    grad_weights_YCC = jnp.matmul(grad_YCV, jnp.swapaxes(v_YCV, 1, 2).astype(grad_YCV.dtype), precision=HIGHEST)
+    grad_v_YCV = jnp.matmul(jnp.swapaxes(weights_YCC, 1, 2), grad_YCV, precision=HIGHEST)
+    return grad_weights_YCC, grad_v_YCV.astype(v_YCV.dtype)
+
+
+weighted.defvjp(lambda weights, v: (weighted(weights, v), (weights, v)), _weighted_bwd)
 
 
 def _start(
