@@ -1,12 +1,15 @@
 """Print how far every backend of every op is from float64, values and every gradient, and write it as a dated report.
 
-    python tools/error_table.py [OP ...] [--backend NAME] [--interpret] [--out kernels/reports]
+    python tools/error_table.py [OP ...] [--backend NAME] [--interpret] [--out kernels/reports] [--resume]
 
-Every op, backend and case is found by its folder (`cases.py`). Each case runs as given and under hard conditions: ragged
+Every op, backend and case is found by its folder (`cases.py`: `TESTS`; where there are `PUBLISHED` cases those make the table,
+and `TESTS`, which are harsher, a table of their own below it). Each case runs as given and under hard conditions: ragged
 lengths, decays down to -60 a step, beta 0, 1 and 2, zero and repeated keys, documents of one token, a row of nothing but
-padding, steps of a tenth; in float32 and bfloat16. A value above its limit, or that is not finite, is marked `!` and the exit
-code is 1. One that exact arithmetic would miss as well, were the inputs moved by one unit in their last place, is marked `~`
-and listed case by case with what that moves.
+padding, published steps ten times as long; in float32 and bfloat16. A value above its limit, or that is not finite, is marked
+`!` and the exit code is 1. One that exact arithmetic would miss as well, were the inputs moved by one unit in their last place,
+is marked `~` and listed case by case with what that moves.
+A report keeps a section an op, with its own date and command: ops that are run replace theirs, and --resume leaves out those
+whose section is of today.
 With --interpret, Pallas backends run in interpret mode on any machine (slow: first case of each op, as given).
 """
 
@@ -35,9 +38,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 TYPES = (jnp.float32, jnp.bfloat16)
 LENGTHS = (1, 17, 100)
 SHAKES = 8
-AMPLIFIED = 10.0
+AMPLIFIED, STRESSED = 3.0, 10.0
 """An error is the inputs' own if it is at most this many times what one unit in their last place moves: the most of SHAKES
-draws, where the worst direction is not among them and an op rounds more than its inputs."""
+draws, where the worst direction is not among them and an op rounds more than its inputs. More for the harsher cases."""
 RETURNS = ("return_final_state", "return_lse", "return_halo")
 
 Arrays = dict[str, Any]
@@ -50,6 +53,7 @@ class Line:
     backend: str
     dtype: str
     condition: str
+    factor: float = AMPLIFIED
     cases: int = 0
     errors: dict[str, float] = dataclasses.field(default_factory=dict)
     where: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -59,7 +63,7 @@ class Line:
         """Errors of a case; of those above the limit what `moved` explains gives way to what it does not."""
         self.cases += 1
         for name, error in errors.items():
-            amplified = self.limit < error <= AMPLIFIED * moved.get(name, 0.0)
+            amplified = self.limit < error <= self.factor * moved.get(name, 0.0)
             rank = (not error <= self.limit and not amplified, np.inf if np.isnan(error) else error)
             if rank > self.ranks.get(name, (False, -1.0)):
                 self.ranks[name], self.errors[name], self.where[name] = rank, error, case
@@ -113,15 +117,13 @@ def conditions(module: Any, index: int, case: Any, dtype: Any) -> Iterator[tuple
         T = LENGTHS[index % len(LENGTHS)]
         with contextlib.suppress(ValueError):  # some cases have no shorter form
             yield f"ragged length {T}", module.arguments(dataclasses.replace(case, T=T), dtype=dtype)
-    # Where one token is all that a sum holds, the read is that token's value and 16-bit products leave noise for a gradient.
-    one_token = given.get("normalizer") == "sum" and dtype == jnp.bfloat16
-    if "strongest" in fields and ("log_decay" in given or "a" in given) and not one_token:
+    if "strongest" in fields and ("log_decay" in given or "a" in given):
         yield "decays to -60", module.arguments(dataclasses.replace(case, strongest=-60.0), dtype=dtype)
     if given.get("rule") == "delta" and "beta" in given:
         for beta in (0.0, 1.0, 2.0):
             yield f"beta {beta:.0f}", given | {"beta": jnp.full_like(given["beta"], beta)}
-    if "step" in given and "memory" in given:
-        yield "steps of a tenth", given | {"step": 0.1 * given["step"]}
+    if "step" in given and "memory" in given and case in getattr(module, "PUBLISHED", {}).values():
+        yield "steps of ten times", given | {"step": 10 * given["step"]}
     k = given.get("k")
     if getattr(k, "ndim", 0) == 4:
         yield "zero keys", given | {"k": k.at[:, k.shape[1] // 3 :].set(0)}
@@ -132,14 +134,9 @@ def conditions(module: Any, index: int, case: Any, dtype: Any) -> Iterator[tuple
     ids = given.get("segment_ids")
     if hasattr(ids, "shape"):
         B, T = ids.shape
-        if not one_token:
-            yield (
-                "documents of one token",
-                given | {"segment_ids": jnp.broadcast_to(jnp.arange(1, T + 1, dtype=ids.dtype), (B, T))},
-            )
-        # A normalised state may be scaled freely, so a cotangent of its parts means something only once tokens were added.
-        kept = {name: x for name, x in given.items() if name != "initial_state" or given.get("normalizer", "none") == "none"}
-        yield "a row of padding", kept | {"segment_ids": ids.at[0].set(0)}
+        alone = jnp.broadcast_to(jnp.arange(1, T + 1, dtype=ids.dtype), (B, T))
+        yield "documents of one token", given | {"segment_ids": alone}
+        yield "a row of padding", given | {"segment_ids": ids.at[0].set(0)}
     if "labels" in given and "weights" in given:
         yield "a row of padding", given | {"weights": given["weights"].at[0].set(0)}
 
@@ -164,13 +161,33 @@ def moved(fn: gate.Fn, wrt: tuple[str, ...], arrays: Arrays, wanted: Any, real: 
     return {name: max(draw[name] for draw in draws) for name in draws[0]}
 
 
-def measure(op: str, backends: list[str], *, first_only: bool) -> tuple[list[Line], list[Amplified], dict[str, str]]:
-    """Lines of one op, what its inputs' last place decides, and why each backend that did not run did not."""
+@dataclasses.dataclass
+class Table:
+    """Lines of one list of cases, what the inputs' last place decides, and why each backend that did not run did not."""
+
+    title: str
+    lines: list[Line]
+    amplified: list[Amplified]
+    refused: dict[str, str]
+
+
+def measure(op: str, backends: list[str], *, first_only: bool) -> list[Table]:
+    """The table of an op's cases, and that of its harsher ones where it tells them apart."""
+    module = importlib.import_module(f"mlt_kernels.{op}.cases")
+    if not hasattr(module, "PUBLISHED"):
+        return [measured("", op, module.TESTS, backends, AMPLIFIED, first_only)]
+    return [
+        measured("As published", op, module.PUBLISHED, backends, AMPLIFIED, first_only),
+        measured("Under stress (`TESTS` of `cases.py`)", op, module.TESTS, backends, STRESSED, first_only),
+    ]
+
+
+def measured(title: str, op: str, cases: dict[str, Any], backends: list[str], factor: float, first_only: bool) -> Table:
     module = importlib.import_module(f"mlt_kernels.{op}.cases")
     lines: dict[tuple[str, str, str], Line] = {}
     amplified: list[Amplified] = []
     refused: dict[str, str] = {}
-    for index, (name, case) in enumerate(list(module.TESTS.items())[: 1 if first_only else None]):
+    for index, (name, case) in enumerate(list(cases.items())[: 1 if first_only else None]):
         for dtype in TYPES:
             for condition, arguments in conditions(module, index, case, dtype):
                 if first_only and condition != "as given":
@@ -194,24 +211,32 @@ def measure(op: str, backends: list[str], *, first_only: bool) -> tuple[list[Lin
                     amplified.append(Amplified(kind, condition, name, n, of, moves[n]))
                 for backend, errors in by_backend.items():
                     key = (backend, kind, condition.partition(" length")[0])
-                    lines.setdefault(key, Line(*key)).add(name, errors, moves)
+                    lines.setdefault(key, Line(*key, factor=factor)).add(name, errors, moves)
         jax.clear_caches()
         gate.compiled.cache_clear()
-    return sorted(lines.values(), key=lambda line: (line.backend, line.dtype != "float32")), amplified, refused
+    return Table(title, sorted(lines.values(), key=lambda line: (line.backend, line.dtype != "float32")), amplified, refused)
 
 
-def table(op: str, lines: list[Line], amplified: list[Amplified], refused: dict[str, str]) -> str:
+def section(op: str, tables: list[Table], command: str) -> str:
     """Markdown of one op."""
-    names = list(dict.fromkeys(name for line in lines for name in line.errors))
-    rows = [["backend", "type", "inputs", "cases", *names]]
-    for line in lines:
-        cells = ["" if name not in line.errors else _cell(line, name) for name in names]
-        rows.append([line.backend, line.dtype, line.condition, str(line.cases), *cells])
-    text = f"\n## {op}\n\n"
-    if lines:
-        text += "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]) + "\n"
-    text += amplified_table(amplified)
-    return text + "".join(f"\n`{name}` did not run: {why}\n" for name, why in refused.items())
+    bad = sum(len(line.bad()) for table in tables for line in table.lines)
+    text = (
+        f"## {op}\n\n{datetime.date.today().isoformat()}, JAX {jax.__version__}, NumPy {np.__version__}, Python "
+        f"{sys.version.split()[0]}. Command: `{command}`. Above its limit: {bad} values (`!`).\n"
+    )
+    for table in tables:
+        names = list(dict.fromkeys(name for line in table.lines for name in line.errors))
+        rows = [["backend", "type", "inputs", "cases", *names], ["---"] * (4 + len(names))]
+        for line in table.lines:
+            cells = ["" if name not in line.errors else _cell(line, name) for name in names]
+            rows.append([line.backend, line.dtype, line.condition, str(line.cases), *cells])
+        if table.title:
+            text += f"\n### {table.title}\n"
+        if table.lines:
+            text += "\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+        text += amplified_table(table.amplified)
+        text += "".join(f"\n`{name}` did not run: {why}\n" for name, why in table.refused.items())
+    return text
 
 
 def _cell(line: Line, name: str) -> str:
@@ -244,20 +269,27 @@ def _ratio(value: Amplified) -> float:
     return max(above) / value.moved if value.moved else float("inf")
 
 
-def report(tables: list[str], command: str, bad: int, above: int) -> str:
+def report(sections: dict[str, str]) -> str:
     device = jax.devices()[0]
     limits = ", ".join(f"{limit:.0e} in {name}" for name, limit in gate.LIMITS.items())
-    return (
+    head = (
         f"# Errors against float64 on {device.device_kind or device.platform}\n\n"
-        f"{datetime.date.today().isoformat()}, JAX {jax.__version__}, NumPy {np.__version__}, "
-        f"Python {sys.version.split()[0]}. Command: `{command}`\n\n"
         "Each value is max |difference| / max |expected| of an array, the worst over the cases: the result `out`, the other "
         "results (states, log-sum-exp) `more`, and the gradient `d x` in every floating argument for a normal cotangent, "
-        f"against the op's reference on the same numbers in float64. Limits: {limits}. Above its limit: {bad} values (`!`).\n\n"
+        f"against the op's reference on the same numbers in float64. Limits: {limits}. `!` marks a value above its limit.\n\n"
         "`~` marks a value above its limit that says more of the inputs than of the backend: in float64 the same result moves by "
-        f"at least a {AMPLIFIED:.0f}th of that when every input moves to the next number of its type (most of {SHAKES} draws). "
-        f"What is above a limit is listed case by case below its op: {above} values, all backends' counted once.\n"
-    ) + "".join(tables)
+        f"at least 1 / {AMPLIFIED:.0f} of that when every input moves to the next number of its type (most of {SHAKES} draws), "
+        f"1 / {STRESSED:.0f} under stress. What is above a limit is listed case by case below its op.\n\n"
+    )
+    return head + "\n".join(sections[op] for op in sorted(sections))
+
+
+def sections_of(path: pathlib.Path) -> dict[str, str]:
+    """The sections of a report by op; of one that is not there, none."""
+    if not path.exists():
+        return {}
+    parts = path.read_text().split("\n## ")[1:]
+    return {part.partition("\n")[0]: "## " + part.rstrip("\n") + "\n" for part in parts}
 
 
 def main() -> int:
@@ -266,6 +298,7 @@ def main() -> int:
     parser.add_argument("--backend", action="append", help="this backend; may repeat")
     parser.add_argument("--interpret", action="store_true", help="run Pallas backends in interpret mode, first case of each op")
     parser.add_argument("--out", type=pathlib.Path, help="folder of the report; none is written by default")
+    parser.add_argument("--resume", action="store_true", help="leave out ops whose section of the report is of today")
     words = parser.parse_args()
     mode = contextlib.nullcontext()
     if words.interpret:
@@ -275,20 +308,25 @@ def main() -> int:
     device = jax.devices()[0]
     name = (device.device_kind or device.platform).lower().replace(" ", "-") + ("-interpret" if words.interpret else "")
     command = "python tools/error_table.py" + "".join(f" {word}" for word in sys.argv[1:])
-    tables, bad, above = [], [], 0
+    path = None if words.out is None else words.out / f"{name}.md"
+    wanted = words.ops or [op for op in dispatch.ops() if importlib.util.find_spec(f"mlt_kernels.{op}.cases")]
+    if words.resume and path is not None:
+        today = f"\n\n{datetime.date.today().isoformat()}"
+        wanted = [op for op in wanted if today not in sections_of(path).get(op, "")]
+    bad = []
     with mode:
-        for op in words.ops or [op for op in dispatch.ops() if importlib.util.find_spec(f"mlt_kernels.{op}.cases")]:
+        for op in wanted:
             backends = [b for b in dispatch.selectable(op) if not words.backend or b in words.backend]
             if words.interpret:
                 backends = [b for b in backends if b.startswith("pallas")]
-            lines, amplified, refused = measure(op, backends, first_only=words.interpret)
-            tables.append(table(op, lines, amplified, refused))
-            above += len(amplified)
+            tables = measure(op, backends, first_only=words.interpret)
+            lines = [line for table in tables for line in table.lines]
             bad += [f"{op} {line.backend} {line.dtype} {line.condition}: {found}" for line in lines for found in line.bad()]
-            print(tables[-1], flush=True)
-            if words.out is not None:
-                words.out.mkdir(parents=True, exist_ok=True)
-                (words.out / f"{name}.md").write_text(report(tables, command, len(bad), above))
+            text = section(op, tables, command)
+            print(text, flush=True)
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(report(sections_of(path) | {op: text}))
     print("\n".join(f"above its limit: {line}" for line in bad) or "every value is within its limit")
     return bool(bad)
 

@@ -164,8 +164,9 @@ def test_the_error_table_marks_what_is_wrong():
     line.add("one", {"out": 1e-7, "d q": 3e-4}, {})
     line.add("two", {"out": 2e-7, "d q": float("nan")}, {"d q": 1.0})
     assert line.bad() == ["d q"]
-    text = script.table("op", [line], [], {"pallas_gpu": "no GPU"})
+    text = script.section("op", [script.Table("", [line], [], {"pallas_gpu": "no GPU"})], "command")
     assert "nan !" in text
+    assert "Command: `command`. Above its limit: 1 values" in text
     assert "`pallas_gpu` did not run: no GPU" in text
 
 
@@ -173,15 +174,31 @@ def test_the_error_table_tells_what_its_inputs_decide():
     """Only what the last place of the inputs moves as much is theirs, and it hides nothing else."""
     script = tool("error_table")
     line = script.Line("chunked", "float32", "as given")
-    line.add("one", {"out": 4e-4}, {"out": 5e-5})
+    line.add("one", {"out": 4e-4}, {"out": 2e-4})
     assert line.bad() == []
-    found = script.Amplified("float32", "as given", "one", "out", {"chunked": 4e-4, "reference": 1e-6}, 5e-5)
-    text = script.table("op", [line], [found], {})
+    found = script.Amplified("float32", "as given", "one", "out", {"chunked": 4e-4, "reference": 1e-6}, 2e-4)
+    text = script.section("op", [script.Table("Under stress", [line], [found], {})], "command")
+    assert "### Under stress" in text
     assert "4.0e-04 ~ (one)" in text
-    assert "| float32 | as given | one | 1 | out | 4.0e-04 | 1.0e-06 | 5.0e-05 | 8.0 |" in text
+    assert "| float32 | as given | one | 1 | out | 4.0e-04 | 1.0e-06 | 2.0e-04 | 2.0 |" in text
     line.add("two", {"out": 2e-5}, {"out": 1e-6})
     assert line.bad() == ["out"]
-    assert "2.0e-05 !** (two)" in script.table("op", [line], [found], {})
+    harsh = script.Line("chunked", "float32", "as given", factor=script.STRESSED)
+    harsh.add("three", {"out": 4e-5}, {"out": 5e-6})
+    assert harsh.bad() == []
+    assert "2.0e-05 !** (two)" in script.section("op", [script.Table("", [line], [found], {})], "command")
+
+
+def test_the_error_table_keeps_other_ops(tmp_path):
+    """A report grows by ops, each with its own date and command; one that is run again replaces its section."""
+    script = tool("error_table")
+    path = tmp_path / "cpu.md"
+    assert script.sections_of(path) == {}
+    for op, command in (("b", "first"), ("a", "first"), ("b", "second")):
+        path.write_text(script.report(script.sections_of(path) | {op: script.section(op, [], command)}))
+    text = path.read_text()
+    assert text.index("## a") < text.index("## b")
+    assert text.count("Command: `first`") == text.count("Command: `second`") == 1
 
 
 def test_the_error_table_moves_inputs_by_one_unit():
@@ -202,11 +219,11 @@ def test_the_error_table_moves_inputs_by_one_unit():
 
 def test_the_error_table_measures_an_op():
     script = tool("error_table")
-    lines, amplified, refused = script.measure("causal_conv", ["chunked"], first_only=True)
-    assert refused == {}
-    assert amplified == []
-    assert {line.dtype for line in lines} == {"float32", "bfloat16"}
-    assert all(set(line.errors) == {"out", "more", "d x", "d kernel"} and not line.bad() for line in lines)
+    (table,) = script.measure("causal_conv", ["chunked"], first_only=True)
+    assert table.refused == {}
+    assert table.amplified == []
+    assert {line.dtype for line in table.lines} == {"float32", "bfloat16"}
+    assert all(set(line.errors) == {"out", "more", "d x", "d kernel"} and not line.bad() for line in table.lines)
 
 
 def test_pins_nothing_once_jax_has_begun():
