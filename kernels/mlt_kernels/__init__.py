@@ -8,6 +8,7 @@ from mlt_kernels.causal_conv import causal_conv
 from mlt_kernels.cross_entropy import cross_entropy
 from mlt_kernels.diagonal_recurrence import diagonal_recurrence
 from mlt_kernels.grouped_matmul import grouped_matmul
+from mlt_kernels.grouped_swiglu import grouped_swiglu
 from mlt_kernels.linear_recurrence import linear_recurrence
 from mlt_kernels.row_dot import row_dot
 from mlt_kernels.row_lookup import row_lookup
@@ -20,6 +21,7 @@ __all__ = [
     "cross_entropy",
     "diagonal_recurrence",
     "grouped_matmul",
+    "grouped_swiglu",
     "linear_recurrence",
     "row_dot",
     "row_lookup",

@@ -6,13 +6,14 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from mlt_kernels import grouped_matmul
+from flax import nnx
+from mlt_kernels import grouped_swiglu
 
 from mlt.config.problems import Problem
 from mlt.mixers import routing
 from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, Mixer, save_point
 from mlt.mixers.channel.swiglu import SwiGLU
-from mlt.nn.param import buffer, fan_in, param, zeros
+from mlt.nn.param import Buffer, buffer, fan_in, param, zeros
 from mlt.parallel import ops
 from mlt.parallel.expert import run_experts, within_capacity
 from mlt.parallel.rules import Rules
@@ -30,8 +31,11 @@ class MoE(ChannelMixerConfig):
     normalize otherwise do not carry over. `balance_loss` takes the value of each row and the mean over rows
     (DeepSeek-V3's sequence-wise loss), `global_balance_loss` that of the whole batch on all devices (arXiv 2501.11873).
     `z_loss` weighs the mean over rows of the mean square of the log-sum-exp of the router's logits. Means over rows do not
-    move when a batch is cut into micro-batches; the global value is then that of a micro-batch. Balance losses couple
-    documents: that of a row those packed together, the global one all.
+    move when a batch is cut into micro-batches. The global value then is the mean over micro-batches of sum_i f_i P_i, P_i
+    being a micro-batch's own mean share of the scores and f_i the use of experts over all tokens of the step so far, that
+    micro-batch's included: the buffer of arXiv 2501.11873, emptied after each step. The last micro-batch sees the use in the
+    whole step, earlier ones what is known by then; no gradient flows through f. Balance losses couple documents: that of a
+    row those packed together, the global one all.
 
     With `chunk_len` the experts are chosen once for so many tokens, counted from the document's start (Hydra, arXiv
     2508.15099): by the first of them, since the mean over a chunk would tell its tokens of later ones.
@@ -171,6 +175,8 @@ class MoEMixer(Mixer):
         self.down = param((e, f, d), ("experts", "ffn", "embed"), fan_in(f, scale=info.residual_scale))
         self.shared = SwiGLU(d_ff=config.shared_width).build(info) if config.num_shared_experts else None
         self.shared_gate = param((d,), ("embed",), fan_in(d), group="matrix") if config.shared_gate else None
+        # Tokens of each expert in earlier micro-batches of a step; there within one alone, and never saved.
+        self.load_before = nnx.data(None)
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
         logits_BTE = self.logits(x_BTD)
@@ -198,6 +204,14 @@ class MoEMixer(Mixer):
         moved = jax.tree.map(lambda leaf: leaf, self)
         moved.router_bias = self.router_bias.replace(self.router_bias[...] + move)
         return moved
+
+    def within_step(self, aux: Mapping[str, jax.Array]) -> "MoEMixer":
+        """Count on from the loads of earlier micro-batches, which the global balance loss reads."""
+        if not self.config.global_balance_loss:
+            return self
+        counting = jax.tree.map(lambda leaf: leaf, self)
+        counting.load_before = Buffer(aux["count/load"])
+        return counting
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The router's logit of every expert, (B, T, E) float32."""
@@ -245,7 +259,8 @@ class MoEMixer(Mixer):
         if config.balance_loss:
             aux["loss/balance"] = config.balance_loss * routing.row_balance(*balance)
         if config.global_balance_loss:
-            aux["loss/global_balance"] = config.global_balance_loss * routing.global_balance(*balance)
+            before_E = None if self.load_before is None else self.load_before[...]
+            aux["loss/global_balance"] = config.global_balance_loss * routing.global_balance(*balance, before_E)
         if config.z_loss:
             aux["loss/z"] = config.z_loss * routing.z_term(logits_BTE, ctx.is_token)
         return y_BTD, aux
@@ -268,9 +283,6 @@ class MoEMixer(Mixer):
         return run_experts(ctx.rules, self._network, kernels, axes, *tokens, capacity=capacity), dropped
 
     def _network(self, x_RD, sizes_E, gate_EDF, up_EDF, down_EFD):
-        def product(rows, kernel):
-            return grouped_matmul(rows, kernel, sizes_E, implementation=self.config.kernel)
-
         x_RD = save_point(x_RD, "expert_in")
-        hidden_RF = save_point(jax.nn.silu(product(x_RD, gate_EDF)) * product(x_RD, up_EDF), "expert_hidden")
-        return product(hidden_RF, down_EFD)
+        kernels = (gate_EDF, up_EDF, down_EFD)
+        return grouped_swiglu(x_RD, *kernels, sizes_E, hidden_name="expert_hidden", implementation=self.config.kernel)
