@@ -11,6 +11,7 @@ import argparse
 import numpy as np
 
 from mlt.config.load import load_config
+from mlt.data.cluster_rows import Clusters
 from mlt.data.loader import load_corpus
 from mlt.errors import UserError
 
@@ -22,8 +23,9 @@ def main() -> None:
     parser.add_argument("--arg", action="append", default=[])
     given = parser.parse_args()
     data = load_config(given.config, args=given.arg).data
-    if data.clusters is None:
-        raise UserError(f"{given.config}: data.clusters is None; set it to Clusters(branching=..., depth=...)")
+    if not isinstance(data.clusters, Clusters):
+        found = "None" if data.clusters is None else f"{type(data.clusters).__name__}, which needs no tree"
+        raise UserError(f"{given.config}: data.clusters is {found}; set it to Clusters(branching=..., depth=...)")
     corpus = load_corpus(data.replace(clusters=None))
     source = corpus.sources[0]
     starts_D, targets_D = source.split("train")

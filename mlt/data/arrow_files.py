@@ -5,12 +5,12 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterable
 from itertools import accumulate
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field
 
 from mlt.config.problems import ConfigError, Problem
-from mlt.data.arrow_text import ARROW, check_column, text_of
+from mlt.data.arrow_text import ARROW, check_columns, readers_of
 from mlt.data.sources import Documents, Positions, Source, find_files, package_problem, require_package
 from mlt.errors import UserError
 
@@ -28,33 +28,38 @@ class ArrowFiles(Source):
             relative to the directory the command runs in.
         column: name of the column that holds the text.
         split: which split of a folder that was written by `DatasetDict.save_to_disk`.
+        cluster_column: name of the column that holds the document's cluster, for `data.clusters=RecordClusters(...)`.
     """
+
+    cluster_setting: ClassVar[str | None] = "cluster_column"
 
     paths: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
     column: Annotated[str, Field(min_length=1)] = "text"
     split: Annotated[str, Field(min_length=1)] | None = None
+    cluster_column: Annotated[str, Field(min_length=1)] | None = None
 
     def documents(self) -> Documents:
         """The rows of all files in order; names are `file:row`, rows from 0.
 
-        Raises UserError if a file is missing, is no Arrow file or lacks the column; reading a document raises BadRecord if
+        Raises UserError if a file is missing, is no Arrow file or lacks a column; reading a document raises BadRecord if
         it is null or not UTF-8.
         """
         require_package(*ARROW)
         files, problems = self._files()
         if problems:
             raise ConfigError(problems, "ArrowFiles")
-        batches = [_batches(path, self.column) for path in files]
-        ends = [list(accumulate(len(batch) for batch in parts)) for parts in batches]
+        wanted = (self.column, self.cluster_column)
+        batches = [_batches(path, *wanted) for path in files]
+        ends = [list(accumulate(len(batch[0]) for batch in parts)) for parts in batches]
         names = Positions(files, [end[-1] if end else 0 for end in ends])
 
-        def read(document: int) -> str:
+        def place(document: int) -> tuple[list[Any], int]:
             file, row = names.place(document)
             part = bisect_right(ends[file], row)
-            first = ends[file][part - 1] if part else 0
-            return text_of(batches[file][part], row - first, names[document], self.column)
+            return batches[file][part], row - (ends[file][part - 1] if part else 0)
 
-        return Documents(origin=f"Arrow files {', '.join(self.paths)}", names=names, read=read)
+        read, clusters = readers_of(place, names, *wanted)
+        return Documents(origin=f"Arrow files {', '.join(self.paths)}", names=names, read=read, clusters=clusters)
 
     def file_problems(self) -> Iterable[Problem]:
         missing = package_problem(*ARROW)
@@ -117,8 +122,8 @@ def _read_json(path: str) -> dict[str, Any]:
     return value
 
 
-def _batches(path: str, column: str) -> list[Any]:
-    """The text column of each record batch, mapped."""
+def _batches(path: str, column: str, cluster_column: str | None) -> list[list[Any]]:
+    """The columns of each record batch, text first, mapped."""
     import pyarrow
 
     try:
@@ -130,7 +135,7 @@ def _batches(path: str, column: str) -> list[Any]:
             parts = (reader.get_batch(number) for number in range(reader.num_record_batches))
         else:
             reader = parts = pyarrow.ipc.open_stream(mapped)
-        check_column(reader.schema, path, column)
-        return [part.column(column) for part in parts]
+        columns = check_columns(reader.schema, path, column, cluster_column)
+        return [[part.column(name) for name in columns] for part in parts]
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: not a readable Arrow file: {error}. Copy it again or take it out of the paths.") from error

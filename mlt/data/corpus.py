@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mlt.data.cluster_rows import Clusters
+from mlt.data.cluster_rows import Clusters, DocumentClusters, RecordClusters
 from mlt.data.clusters import ClusterTree
 from mlt.data.config import DataConfig
 from mlt.data.prefetch import run_stoppable
@@ -33,7 +33,7 @@ class TokenizedSource:
             1,).
         held_out_D: which documents are for validation, bool (documents,).
         bytes_read: bytes of UTF-8 text in them.
-        hash: changes with any of them, their order, the tokenizer or the split.
+        hash: changes with any of them, their order, the tokenizer, the split or the clusters that records bring.
         names: file and position of each document.
     """
 
@@ -53,9 +53,9 @@ class TokenizedSource:
 
 @dataclass(frozen=True)
 class Clustered:
-    """A cluster tree, and the leaf of each document of each source, int32."""
+    """The leaf of each document of each source, int32, and the tree it was found in; None where records brought the leaves."""
 
-    tree: ClusterTree
+    tree: ClusterTree | None
     leaves: list[np.ndarray]
 
 
@@ -66,7 +66,7 @@ class Corpus:
     Attributes:
         sources: one per source of the mixture, in its order.
         tokenizer: what made the ids.
-        hash: changes with any document, their order, the tokenizer or the split.
+        hash: changes with any document, their order, the tokenizer, the split or the clusters that records bring.
         bad_records: how many records were left out because they are not text.
     """
 
@@ -74,20 +74,22 @@ class Corpus:
     tokenizer: Tokenizer
     hash: str
     bad_records: int = 0
-    _clustered: dict[Clusters, "Clustered"] = field(default_factory=dict, repr=False, compare=False)
+    _clustered: dict[DocumentClusters, "Clustered"] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def bytes_read(self) -> int:
         """Bytes of text in all documents."""
         return sum(source.bytes_read for source in self.sources)
 
-    def clustered(self, clusters: Clusters) -> "Clustered":
-        """The cluster tree, and where the documents lie in it; made once.
+    def clustered(self, clusters: DocumentClusters) -> "Clustered":
+        """Where the documents lie in the tree of clusters; made once.
 
         Raises:
             UserError: the tree cannot be had.
         """
         if clusters not in self._clustered:
+            if not isinstance(clusters, Clusters):
+                raise ValueError("the corpus was loaded with other clusters: those of records are found as they are read")
             starts_D, targets_D = self.sources[0].split("train")
             tree = clusters.tree(self.sources[0].tokens, starts_D, targets_D + 1)
             leaves = [tree.leaves(source.tokens, source.offsets_D) for source in self.sources]
@@ -140,11 +142,12 @@ def load_corpus(config: DataConfig, *, stop: Callable[[], object] | None = None)
 
 def _load(config: DataConfig) -> Corpus:
     bad = _BadRecords(config.max_bad_records)
-    sources = []
+    sources, leaves = [], []
     digest = hashlib.blake2b(f"{config.tokenizer.digest}/{config.validation_fraction}".encode(), digest_size=8)
     for part in config.parts:
-        source, content = _load_source(part.source, config, bad)
+        source, content, leaves_D = _load_source(part.source, config, bad)
         sources.append(source)
+        leaves.append(leaves_D)
         digest.update(content)
     held_out = sum(int(source.held_out_D.sum()) for source in sources)
     if config.validation_fraction > 0 and held_out == 0:
@@ -154,7 +157,10 @@ def _load(config: DataConfig) -> Corpus:
             "none. Raise validation_fraction, give more documents, or set it to 0 to train without "
             "validation."
         )
-    return Corpus(sources=tuple(sources), tokenizer=config.tokenizer, hash=digest.hexdigest(), bad_records=bad.count)
+    corpus = Corpus(sources=tuple(sources), tokenizer=config.tokenizer, hash=digest.hexdigest(), bad_records=bad.count)
+    if config.clusters is not None and config.clusters.from_records:
+        corpus._clustered[config.clusters] = Clustered(None, leaves)
+    return corpus
 
 
 @dataclass
@@ -196,18 +202,20 @@ class _Kept(Sequence[str]):
         return self._names[int(self._kept_D[document])]
 
 
-def _load_source(source: Source, config: DataConfig, bad: _BadRecords) -> tuple[TokenizedSource, bytes]:
-    """The tokenised source and the hash of its content."""
+def _load_source(source: Source, config: DataConfig, bad: _BadRecords) -> tuple[TokenizedSource, bytes, np.ndarray]:
+    """The tokenised source, the hash of its content, and the leaves that its records bring."""
     documents = source.documents()
-    kept, hashes, bytes_read = [], [], 0
+    read = _reader(source, documents, config)
+    kept, hashes, leaves, bytes_read = [], [], [], 0
     for index in range(len(documents)):
         try:
-            data = documents[index].encode("utf-8")
+            data, leaf = read(index)
         except BadRecord as error:
             bad.add(error)
             continue
         if data:
             kept.append(index)
+            leaves.append(leaf)
             hashes.append(hashlib.blake2b(data, digest_size=16).digest())
             bytes_read += len(data)
     if not kept:
@@ -223,11 +231,33 @@ def _load_source(source: Source, config: DataConfig, bad: _BadRecords) -> tuple[
             f"which takes validation_fraction={config.validation_fraction} of the documents by content. "
             "Give more documents or lower validation_fraction."
         )
-    content = hashlib.blake2b(b"".join(hashes), digest_size=16).digest()
+    text = hashlib.blake2b(b"".join(hashes), digest_size=16).digest()
+    leaves_D = np.array([leaf for leaf in leaves if leaf is not None], np.int32)
+    # Ids are cached by the text alone; a position in the data belongs to the clusters too.
+    content = text if len(leaves_D) == 0 else hashlib.blake2b(text + leaves_D.astype("<i4").tobytes(), digest_size=16).digest()
     identity = hashlib.blake2b(f"{config.tokenizer.digest}/{config.validation_fraction}".encode() + content, digest_size=8)
-    tokens, offsets_D = _tokenize_cached(documents, kept, config.tokenizer, content, config.cache)
+    tokens, offsets_D = _tokenize_cached(documents, kept, config.tokenizer, text, config.cache)
     names = _Kept(documents.names, np.array(kept))
-    return TokenizedSource(documents.origin, tokens, offsets_D, held_out_D, bytes_read, identity.hexdigest(), names), content
+    made = TokenizedSource(documents.origin, tokens, offsets_D, held_out_D, bytes_read, identity.hexdigest(), names)
+    return made, content, leaves_D
+
+
+def _reader(source: Source, documents: Documents, config: DataConfig) -> Callable[[int], tuple[bytes, int | None]]:
+    """Index -> a document's UTF-8 text, and its leaf where records bring it. Documents without text need none."""
+    clusters, brought = config.clusters, documents.clusters
+    if not isinstance(clusters, RecordClusters):
+        return lambda index: (documents[index].encode("utf-8"), None)
+    if brought is None:
+        raise UserError(
+            f"{documents.origin}: data.clusters takes clusters from the records, and {type(source).__name__} names no field "
+            "with them. Name it, or place documents by their words with Clusters(...)."
+        )
+
+    def read(index: int) -> tuple[bytes, int | None]:
+        text, value = brought.read(index)
+        return text.encode("utf-8"), clusters.leaf(value, f"{documents.names[index]}: {brought.name}") if text else None
+
+    return read
 
 
 def _tokenize(documents: Documents, kept: list[int], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:

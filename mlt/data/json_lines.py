@@ -2,14 +2,15 @@
 
 import json
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Annotated, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field
 
 from mlt.config.problems import Problem
 from mlt.data.compressed import SUFFIXES, read_lines
-from mlt.data.sources import BadRecord, Documents, Source, decode_utf8, find_files, require_files
+from mlt.data.sources import BadRecord, ClusterField, Documents, Source, decode_utf8, find_files, require_files
 from mlt.errors import UserError
 
 
@@ -20,10 +21,14 @@ class JsonLines(Source):
         paths: files, folders (every file below them) or patterns such as `data/*.jsonl`, relative to the
             directory the command runs in.
         field: name of the field that holds the text.
+        cluster_field: name of the field that holds the document's cluster, for `data.clusters=RecordClusters(...)`.
     """
+
+    cluster_setting: ClassVar[str | None] = "cluster_field"
 
     paths: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
     field: Annotated[str, Field(min_length=1)] = "text"
+    cluster_field: Annotated[str, Field(min_length=1)] | None = None
 
     def documents(self) -> Documents:
         """The lines of all files in order. Raises UserError if a file is missing.
@@ -32,12 +37,14 @@ class JsonLines(Source):
         """
         index, forward = _LineIndex(require_files(self.paths, "JsonLines")), _Forward()
 
-        def read(document: int) -> str:
+        def read_record(document: int) -> Record:
             path, line, offset = index.place(document)
             data = forward.line(path, line) if path.endswith(SUFFIXES) else _line_at(path, offset)
-            return text_of_line(data, self.field, path=path, line=line, offset=offset)
+            return record_of_line(data, self.field, path=path, line=line, offset=offset)
 
-        return Documents(origin=f"JSON lines {', '.join(self.paths)}", names=index, read=read)
+        origin = f"JSON lines {', '.join(self.paths)}"
+        read, clusters = readers_of(read_record, self.field, self.cluster_field)
+        return Documents(origin=origin, names=index, read=read, clusters=clusters)
 
     def file_problems(self) -> Iterable[Problem]:
         return find_files(self.paths)[1]
@@ -47,20 +54,66 @@ class JsonLines(Source):
         return cls(paths=("data/*.jsonl",))
 
 
-def text_of_line(data: bytes, field: str, *, path: str, line: int, offset: int) -> str:
-    """The string `field` of the JSON object in `data`, a line of `path` that starts at byte `offset`.
+@dataclass(frozen=True)
+class Record:
+    """A JSON object, and how messages name the place it was read from."""
+
+    fields: Mapping[str, Any]
+    place: str
+
+    def value(self, field: str, setting: str, what: str) -> Any:
+        """The value of a field. Raises BadRecord, which names the setting to change, where there is none."""
+        if field not in self.fields:
+            present = ", ".join(repr(name) for name in self.fields) or "none"
+            raise BadRecord(
+                f"{self.place}: no field {field!r} (fields present: {present}). Set {setting}= of the source to the one with "
+                f"{what}."
+            )
+        return self.fields[field]
+
+    def text(self, field: str) -> str:
+        """The string in a field. Raises BadRecord where there is none."""
+        content = self.value(field, "field", "the text")
+        if not isinstance(content, str):
+            raise BadRecord(f"{self.place}: field {field!r} holds {json.dumps(content)[:40]}, not a string. Repair it.")
+        try:
+            content.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadRecord(
+                f"{self.place}: field {field!r} holds half a surrogate pair at character {error.start}, which is not "
+                "text. Repair or remove it."
+            ) from error
+        return content
+
+
+def readers_of(
+    read: Callable[[int], Record], field: str, cluster_field: str | None
+) -> tuple[Callable[[int], str], ClusterField | None]:
+    """What `Documents` takes, from a function that reads a document's record: `read` and `clusters`."""
+    if cluster_field is None:
+        return lambda document: read(document).text(field), None
+
+    def both(document: int) -> tuple[str, Any]:
+        record = read(document)
+        return record.text(field), record.value(cluster_field, "cluster_field", "the cluster")
+
+    return lambda document: read(document).text(field), ClusterField(f"field {cluster_field!r}", both)
+
+
+def record_of_line(data: bytes, field: str, *, path: str, line: int, offset: int) -> Record:
+    """The JSON object in `data`, a line of `path` that starts at byte `offset`; `field` is the one with the text.
 
     Raises BadRecord that says what is wrong with the line, and where.
     """
     cut = "" if data.endswith(b"\n") else " The file ends here without a line end: it looks truncated."
     advice = f"{cut} Each line must be one whole JSON object: repair or remove the line."
-    return text_of_object(data, field, f"{path}, line {line}", first_byte=offset, advice=advice)
+    return record_of(data, field, f"{path}, line {line}", first_byte=offset, advice=advice)
 
 
-def text_of_object(
+def record_of(
     data: bytes, field: str, place: str, *, first_byte: int = 0, advice: str = " Repair or remove the record."
-) -> str:
-    """The string `field` of the JSON object in `data`, which starts at byte `first_byte` of what `place` names.
+) -> Record:
+    """The JSON object in `data`, which starts at byte `first_byte` of what `place` names; `field` is the one with the text.
 
     Raises BadRecord that says what is wrong; `advice` ends it where the JSON is not valid.
     """
@@ -78,22 +131,7 @@ def text_of_object(
         raise BadRecord(
             f'{place}: holds a JSON {type(value).__name__}, not an object. It must be an object such as {{"{field}": "..."}}.'
         )
-    if field not in value:
-        present = ", ".join(repr(name) for name in value) or "none"
-        raise BadRecord(
-            f"{place}: no field {field!r} (fields present: {present}). Set field= of the source to the one with the text."
-        )
-    content = value[field]
-    if not isinstance(content, str):
-        raise BadRecord(f"{place}: field {field!r} holds {json.dumps(content)[:40]}, not a string. Repair it.")
-    try:
-        content.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRecord(
-            f"{place}: field {field!r} holds half a surrogate pair at character {error.start}, which is not "
-            "text. Repair or remove it."
-        ) from error
-    return content
+    return Record(value, place)
 
 
 class _LineIndex(Sequence[str]):

@@ -73,8 +73,8 @@ def _check_sources(state: Mapping[str, Any], corpus: Corpus) -> None:
             raise UserError(
                 f"the documents of {corpus.sources[number].origin} differ from those of the saved run: hash {new}, saved "
                 f"{old}. A position in one is no position in the other. Bring the same documents (and, for PythonStdlib, the "
-                "same Python version), tokenizer and validation_fraction back, in the same order of sources, or start a new "
-                "run directory."
+                "same Python version), clusters in their records, tokenizer and validation_fraction back, in the same order of "
+                "sources, or start a new run directory."
             )
 
 

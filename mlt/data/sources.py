@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Self
+from typing import Any, ClassVar, Self
 
 from mlt.config.base import Config
 from mlt.config.problems import ABSENT, ConfigError, Problem
@@ -24,6 +24,19 @@ class BadRecord(UserError):
 
 
 @dataclass(frozen=True)
+class ClusterField:
+    """A field of a source's records that holds the cluster of the document.
+
+    Attributes:
+        name: what messages call it, such as `field 'leaf'`.
+        read: index -> text and the value of the field as the file has it, in one read; raises like `Documents.read`.
+    """
+
+    name: str
+    read: Callable[[int], tuple[str, Any]]
+
+
+@dataclass(frozen=True)
 class Documents:
     """Documents in a fixed order; `documents[i]` reads the text of document i.
 
@@ -31,11 +44,13 @@ class Documents:
         origin: where they come from, as it continues the words "read N documents from".
         names: one name per document, unique: file and position.
         read: index -> text; raises BadRecord when the document is not text, UserError when the file cannot be read.
+        clusters: the field with each document's cluster; None where the source names none.
     """
 
     origin: str
     names: Sequence[str]
     read: Callable[[int], str]
+    clusters: ClusterField | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -49,6 +64,14 @@ class Documents:
 
 class Source(Config, ABC):
     """A collection of documents. One source a file; a subclass needs the three methods below."""
+
+    cluster_setting: ClassVar[str | None] = None
+    """The setting that names the field of a record with the document's cluster, in sources whose records have fields."""
+
+    @property
+    def names_clusters(self) -> bool:
+        """Whether its records bring the clusters of their documents."""
+        return self.cluster_setting is not None and getattr(self, self.cluster_setting) is not None
 
     @abstractmethod
     def documents(self) -> Documents:

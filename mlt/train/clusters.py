@@ -9,7 +9,7 @@ import numpy as np
 
 from mlt.config.problems import Problem, walk
 from mlt.config.run import RunConfig
-from mlt.data.cluster_rows import FIELD
+from mlt.data.cluster_rows import FIELD, GENERIC, Clusters
 from mlt.data.clusters import ClusterTree
 from mlt.data.corpus import Corpus
 from mlt.errors import UserError
@@ -22,6 +22,9 @@ def cluster_problems(config: RunConfig) -> Iterator[Problem]:
     layers = [(path, node) for path, node in walk(config.model, "model") if isinstance(node, HierarchicalMemory)]
     clusters = config.data.clusters
     if clusters is None:
+        if config.evaluation.generic:
+            ways_out = "leave it False, or give documents clusters"
+            yield Problem("evaluation.generic", True, "needs data.clusters: without them every document is generic", ways_out)
         for path, layer in layers[:1]:
             rule = f"and {path} reads clusters of documents: every document would read the generic block"
             fields = f"branching={layer.branching}, depth={len(layer.units)}, max_runs={layer.max_runs}"
@@ -52,9 +55,9 @@ def keep_tree(path: Path, config: RunConfig, corpus: Corpus, *, write: bool) -> 
     Raises:
         UserError: the run has another tree, or the tree cannot be had.
     """
-    if config.data.clusters is None:
+    tree = None if config.data.clusters is None else corpus.clustered(config.data.clusters).tree
+    if tree is None:
         return
-    tree = corpus.clustered(config.data.clusters).tree
     if path.exists():
         kept = ClusterTree.load(str(path))
         if kept.digest != tree.digest:
@@ -68,17 +71,28 @@ def keep_tree(path: Path, config: RunConfig, corpus: Corpus, *, write: bool) -> 
 
 
 def kept_tree(run_dir: Path, config: RunConfig) -> ClusterTree | None:
-    """The cluster tree of a run; None where it has none.
+    """The cluster tree of a run; None where it has none: no clusters, or those that records bring.
 
     Raises:
         UserError: the file is gone.
     """
-    return None if config.data.clusters is None else ClusterTree.load(str(RunPaths(run_dir).clusters_path))
+    return ClusterTree.load(str(RunPaths(run_dir).clusters_path)) if isinstance(config.data.clusters, Clusters) else None
 
 
 def cluster_of(tree: ClusterTree | None, ids: np.ndarray) -> int:
-    """Leaf of a prompt's ids; -1, the generic block, where there are no clusters."""
-    return -1 if tree is None else int(tree.leaves(ids, np.array([0, len(ids)]))[0])
+    """Leaf of a prompt's ids; -1, the generic block, where there is no tree to place them in."""
+    return GENERIC if tree is None else int(tree.leaves(ids, np.array([0, len(ids)]))[0])
+
+
+def check_cluster(config: RunConfig, cluster: int | None) -> None:
+    """Raises UserError where a leaf that is given for a prompt is none of the run's."""
+    clusters = config.data.clusters
+    if cluster is None:
+        return
+    if clusters is None:
+        raise UserError(f"--cluster {cluster}: the run's documents have no clusters (data.clusters is None). Leave it out.")
+    if not GENERIC <= cluster < clusters.num_clusters:
+        raise UserError(f"--cluster {cluster}: must be a leaf, 0 to {clusters.num_clusters - 1:,}, or -1 for the generic block")
 
 
 def cluster_fields(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
