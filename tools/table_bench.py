@@ -47,9 +47,9 @@ def lazy(state, ids):
     values, slots, count = state
     found = Anchor(values)
     jax.eval_shape(lambda: loss(TapedTable(found, jnp.int32(0), None), ids))
-    taps = tuple(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), found.calls[n]) for n in sorted(found.calls))
+    taps = found.taps()
     records = jax.grad(lambda taps: loss(TapedTable(Anchor(values), jnp.int32(0), taps), ids))(taps)
-    grad = merge(records, values.shape, ONE, micro_batches=False)
+    grad = merge(records, values.shape, ONE)
     axes = (("memory", None), dict.fromkeys(slots, ("memory", None)))
     update = lambda old, grad_RV, count: ADAM.update(*old, grad_RV, jnp.float32(RATE), count)  # noqa: E731
     values, slots = grad.apply((values, slots), axes, update, count + 1)

@@ -13,6 +13,9 @@ from typing import Any
 ROOT = "mlt.config.run.RunConfig"
 """The class whose paths these are; no other tree has exempt fields."""
 
+MODEL = "model.stack"
+"""Where its layers stand."""
+
 FREE: Mapping[str, str] = {
     "train.start_timeout_seconds": "how long processes wait for each other",
     "train.peer_timeout_seconds": "when a silent process counts as lost",
@@ -21,6 +24,7 @@ FREE: Mapping[str, str] = {
     "log": "where metrics go and how often",
     "checkpoint": "when the state is saved and what is kept",
     "evaluation.every_steps": "when the held-out loss is measured",
+    "evaluation.generic": "a second score of what is held out",
     "sample": "texts drawn for the reader",
     "data.prefetch_batches": "batches prepared ahead",
 }
@@ -31,6 +35,12 @@ LAYOUT: Mapping[str, str] = {
     "remat": "what the backward pass computes again",
 }
 """The same function, summed in another order: numbers agree to rounding, and no longer to the bit."""
+
+LAYERS: Mapping[str, str] = {
+    "hash_on": "where rows of a table are computed, the same ones",
+    "table_on": "where a table lies; its checkpoint is the same",
+}
+"""Fields of layers, wherever in the model they stand: the same numbers, and over several devices sums of another order."""
 
 JUDGED: Mapping[str, str] = {
     "data.source.stages": "the mixture from some row on",
@@ -61,14 +71,17 @@ def exemption(path: str) -> str | None:
         for prefix, reason in table.items():
             if path == prefix or path.startswith((f"{prefix}.", f"{prefix}[")):
                 return f"{reason}; {consequence}"
+    field = path.rpartition(".")[2]
+    if path.startswith(f"{MODEL}.") and field in LAYERS:
+        return f"{LAYERS[field]}; numbers agree to rounding"
     return None
 
 
-def without_exempt(plain: Mapping[str, Any], join: Callable[[str, str], str], path: str = "") -> dict[str, Any]:
+def without_exempt(plain: Any, join: Callable[[str, str | int], str], path: str = "") -> Any:
     """Plain data of a run's config without its exempt fields."""
-    kept: dict[str, Any] = {}
-    for key, value in plain.items():
-        where = join(path, key)
-        if exemption(where) is None:
-            kept[key] = without_exempt(value, join, where) if isinstance(value, Mapping) else value
-    return kept
+    if isinstance(plain, Mapping):
+        places = {key: join(path, key) for key in plain}
+        return {key: without_exempt(value, join, places[key]) for key, value in plain.items() if exemption(places[key]) is None}
+    if isinstance(plain, list):
+        return [without_exempt(item, join, join(path, index)) for index, item in enumerate(plain)]
+    return plain

@@ -150,6 +150,13 @@ class Mixer(nnx.Module):
         """This mixer with its buffers moved on after an optimizer step, given the step's summed aux."""
         return self
 
+    def within_step(self, aux: Mapping[str, jax.Array]) -> "Mixer":
+        """This mixer for the next micro-batch of a step, given the aux summed over those before it; nothing of it is kept.
+
+        Layers of a period come stacked, and so does their aux.
+        """
+        return self
+
 
 class MixerConfig(Config):
     """Names, validates and builds a mixer."""
@@ -159,6 +166,9 @@ class MixerConfig(Config):
 
     pre_norm: ClassVar[bool] = True
     """Whether the block normalizes the stream before the mixer; False where the mixer norms its own input."""
+
+    replaces: ClassVar[bool] = False
+    """Whether the output takes the place of the stream instead of being added to it."""
 
     @abstractmethod
     def build(self, info: BuildInfo) -> Mixer:
@@ -192,6 +202,17 @@ class MixerConfig(Config):
         The rows of a shared table all count as untouched, once; a mixer takes those off that it reads.
         """
         return 0
+
+    @property
+    def num_branches(self) -> int:
+        """Residual streams that the mixer reads and writes each on its own, x and y being (B, T, M, D) then; 1 for a mixer of
+        one stream, which a stack of several lets read a mixture of them (`model/streams.py`)."""
+        return 1
+
+    @property
+    def float8_tables(self) -> tuple[str, ...]:
+        """Parameters whose rows are read as 8 bits hold them (`nn/float8.py`), and which are exported so."""
+        return ()
 
     @property
     def num_clusters(self) -> int:

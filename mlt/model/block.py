@@ -10,9 +10,12 @@ from flax import nnx
 
 from mlt.config.base import Config
 from mlt.config.problems import Problem
+from mlt.errors import UserError
 from mlt.mixers.base import Arrays, Aux, BuildInfo, Context, MixerConfig, save_point
 from mlt.model.remat import Remat
+from mlt.model.streams import STREAMS, HyperConnections, Mixing, Place
 from mlt.nn.norm import NormKind, stream_norm
+from mlt.parallel.taps import reading, with_tables
 
 STREAM = ("batch", "seq", "stream")
 
@@ -42,36 +45,50 @@ class Block(Config):
         if self.unit_offset_norm and self.norm == "layer":
             yield Problem("unit_offset_norm", True, "is read with norm='rms' alone", "leave it False")
 
-    def build(self, info: BuildInfo) -> "BlockModule":
-        return BlockModule(self, info)
+    def build(self, info: BuildInfo, streams: HyperConnections | None = None, place: Place | None = None) -> "BlockModule":
+        """Describe it.
+
+        Args:
+            streams: of the stack, if it has several.
+            place: of the first sub-layer; the first of all without.
+        """
+        return BlockModule(self, info, streams, place or Place())
 
 
 class SubLayer(nnx.Module):
-    """One residual addition."""
+    """One residual addition. With several streams the mixer works on a mixture of them, unless it takes them all itself."""
 
-    def __init__(self, mixer: MixerConfig, config: Block, info: BuildInfo):
+    def __init__(self, mixer: MixerConfig, config: Block, info: BuildInfo, streams: HyperConnections | None, place: Place):
+        several = streams if mixer.num_branches == 1 else None
+        self.connection = None if several is None else several.build(info.d_model, place)
         norm = {"eps": config.norm_eps, "unit_offset": config.unit_offset_norm}
         self.norm = stream_norm(config.norm, info.d_model, **norm) if mixer.pre_norm else None
         self.mixer = mixer.build(info)
         self.post_norm = stream_norm(config.norm, info.d_model, **norm) if config.post_norm else None
         self.residual_scale = config.residual_scale
+        self.replaces = mixer.replaces
+        if self.replaces and streams is not None:
+            raise UserError(f"{type(mixer).__name__}: takes the place of one stream, and this stack has several; use one")
         self.exchange = getattr(mixer, "exchange", None)
         published = mixer.publishes(info.d_model)
         self.axes = tuple((name, tuple((n, part.axes) for n, part in parts.items())) for name, parts in published.items())
         self.reads, self.shares = tuple(mixer.reads(info.d_model)), tuple(mixer.shares())
 
-    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux, dict[str, Arrays]]:
-        x_BTD = save_point(x_BTD, "sub_layer_in")
+    def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, Aux, dict[str, Arrays]]:
+        """(stream (B, T, D), or streams (B, T, M, D), behind it, aux, what it publishes)."""
+        x = save_point(x, "sub_layer_in")
         ctx = self._own(ctx, lambda value: save_point(value, "published"))
         if self.exchange is not None:
             ctx = dataclasses.replace(ctx, rules=ctx.rules.exchanging(self.exchange))
-        y_BTD, aux, published = self.mixer.call_and_publish(x_BTD if self.norm is None else self.norm(x_BTD), ctx)
-        return self._add(x_BTD, save_point(y_BTD, "mixer_out"), ctx), aux, self._laid_out(published, ctx)
+        read, mixing = self._read(x)
+        y, aux, published = self.mixer.call_and_publish(read, ctx)
+        return self._add(x, save_point(y, "mixer_out"), mixing, ctx), aux, self._laid_out(published, ctx)
 
-    def step(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any, dict[str, Arrays]]:
+    def step(self, x: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any, dict[str, Arrays]]:
         inner = self._own(ctx, lambda value: value)
-        y_BTD, state, published = self.mixer.step_and_publish(x_BTD if self.norm is None else self.norm(x_BTD), state, inner)
-        return self._add(x_BTD, y_BTD, ctx), state, {name: published[name] for name, _ in self.axes}
+        read, mixing = self._read(x)
+        y, state, published = self.mixer.step_and_publish(read, state, inner)
+        return self._add(x, y, mixing, ctx), state, {name: published[name] for name, _ in self.axes}
 
     def _own(self, ctx: Context, each: Callable[[jax.Array], jax.Array]) -> Context:
         """The context with what the mixer declares to read and share, and nothing else of its kind."""
@@ -85,25 +102,36 @@ class SubLayer(nnx.Module):
             for name, parts in self.axes
         }
 
-    def _add(self, x_BTD, y_BTD, ctx):
+    def _read(self, x: jax.Array) -> tuple[jax.Array, Mixing | None]:
+        """What the mixer gets, and how its output is written; None where it is added."""
+        mixing = None if self.connection is None else self.connection(x)
+        read = x if mixing is None else mixing.read(x)
+        return (read if self.norm is None else self.norm(read)), mixing
+
+    def _add(self, x: jax.Array, y: jax.Array, mixing: Mixing | None, ctx: Context) -> jax.Array:
+        if self.replaces:
+            return ctx.rules.constrain(y, STREAM)
         if self.post_norm is not None:
-            y_BTD = self.post_norm(y_BTD)
+            y = self.post_norm(y)
         if self.residual_scale != 1.0:
-            y_BTD = y_BTD * self.residual_scale
-        return ctx.rules.constrain(x_BTD + y_BTD, STREAM)
+            y = y * self.residual_scale
+        new = x + y if mixing is None else mixing.write(x, y)
+        return ctx.rules.constrain(new, STREAM if new.ndim == len(STREAM) else STREAMS)
 
 
 class BlockModule(nnx.Module):
     """Runs its sub-layers. What they publish is in the context that is handed back."""
 
-    def __init__(self, config: Block, info: BuildInfo):
-        self.sub_layers = nnx.List([SubLayer(mixer, config, info) for mixer in config.mixers])
+    def __init__(self, config: Block, info: BuildInfo, streams: HyperConnections | None, place: Place):
+        made = [SubLayer(mixer, config, info, streams, place.behind(i)) for i, mixer in enumerate(config.mixers)]
+        self.sub_layers = nnx.List(made)
 
     def __call__(self, x_BTD: jax.Array, ctx: Context, remat: Remat, *, in_loop: bool) -> tuple[jax.Array, list[Aux], Context]:
         auxes = []
-        for sub_layer in self.sub_layers:
+        for number, sub_layer in enumerate(self.sub_layers):
             run = remat.apply(lambda layer, x, c: layer(x, c), in_loop=in_loop)
-            x_BTD, aux, published = run(sub_layer, x_BTD, ctx)
+            own = dataclasses.replace(ctx, shared=with_tables(ctx.shared, reading(ctx.shared, str(number))))
+            x_BTD, aux, published = run(sub_layer, x_BTD, own)
             auxes.append(aux)
             ctx = with_published(ctx, published)
         return x_BTD, auxes, ctx

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mlt.model.lm import LM, LMConfig
+from mlt.model.streams import stream_flops
 from mlt.nn.param import ParamSpec, named_leaves
 
 
@@ -39,7 +40,7 @@ def count(config: LMConfig, model: LM, seq_len: int) -> Count:
     tables = sum(spec.size for spec in specs if spec.group == "table")
     mixers = config.stack.mixers()
     flops = sum(mixer.flops_per_token(config.d_model, seq_len) for mixer in mixers)
-    flops += 2 * config.d_model * config.vocab_size
+    flops += 2 * config.d_model * config.vocab_size + stream_flops(config.stack, config.d_model)
     inactive = sum(mixer.inactive_params(config.d_model) for mixer in mixers)
     # Of a table that layers share, each takes off what it reads.
     inactive += sum(spec.size for _, spec in named_leaves(model.stack.shared) if spec.group == "table")

@@ -8,7 +8,7 @@ the context, from layer to layer beside the stream; shared modules are kept once
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,11 +17,13 @@ from flax import nnx
 
 from mlt.config.base import Config
 from mlt.config.problems import Problem
-from mlt.mixers.base import EMBEDDING, BuildInfo, Context, MixerConfig
-from mlt.model.block import Block, BlockModule, with_published
+from mlt.mixers.base import EMBEDDING, BuildInfo, Context, Mixer, MixerConfig
+from mlt.model.block import STREAM, Block, BlockModule, with_published
 from mlt.model.edges import PARTS, SCANNED, UNROLLED, carried, shared_parts
 from mlt.model.remat import Remat
+from mlt.model.streams import STREAMS, HyperConnections, Place, branch_problems, expanded
 from mlt.nn.param import stack_specs
+from mlt.parallel.taps import TapedTable, reading, with_tables
 
 MAX_UNROLLED = 12
 StackAux = dict[str, Any]
@@ -38,6 +40,7 @@ class Stack(Config):
         upper: a second period, repeated by a scan of its own.
         upper_repeats: how often.
         tail: unrolled blocks behind.
+        hyper_connections: several residual streams, and how sub-layers read and write them; None for one stream.
     """
 
     head: tuple[Block, ...] = ()
@@ -47,6 +50,7 @@ class Stack(Config):
     upper: tuple[Block, ...] = ()
     upper_repeats: int = 1
     tail: tuple[Block, ...] = ()
+    hyper_connections: HyperConnections | None = None
 
     @property
     def num_layers(self) -> int:
@@ -75,6 +79,15 @@ class Stack(Config):
             if count > MAX_UNROLLED:
                 rule = f"holds {count} unrolled blocks; more than {MAX_UNROLLED} compile slowly"
                 yield Problem(name, count, rule, "move repeating blocks into the period")
+        yield from branch_problems(self)
+
+    def places(self, part: str) -> list[Place]:
+        """Where the first sub-layer of each block of a part stands."""
+        in_front = PARTS[: PARTS.index(part)]
+        number = sum(len(block.mixers) * self.times(other) for other in in_front for block in getattr(self, other))
+        sizes = [len(block.mixers) for block in getattr(self, part)]
+        stride = sum(sizes) if part in SCANNED else 0
+        return [Place(number + sum(sizes[:i]), stride) for i in range(len(sizes))]
 
     def build(self, info: BuildInfo) -> "StackModule":
         return StackModule(self, info)
@@ -83,26 +96,29 @@ class Stack(Config):
 class StackModule(nnx.Module):
     """Attributes:
     shared: modules that several layers use, closed over by the scan: one gradient, the sum over their uses.
+    collapse: makes one stream of several at the end; None where there is one.
     """
 
     def __init__(self, config: Stack, info: BuildInfo):
-        self.config = config
+        self.config, streams = config, config.hyper_connections
         for part in PARTS:
-            blocks = [block.build(info) for block in getattr(config, part)]
+            placed = zip(getattr(config, part), config.places(part), strict=True)
+            blocks = [block.build(info, streams, place) for block, place in placed]
             setattr(self, part, nnx.List([stack_specs(b, config.times(part)) for b in blocks] if part in SCANNED else blocks))
         self.shared = nnx.Dict({name: part.build(info) for name, part in shared_parts(config).items()})
         self.carried = tuple((part, carried(config, part, info.d_model)) for part in SCANNED)
+        self.collapse = None if streams is None else streams.collapse(info.d_model)
 
     def __call__(self, x_BTD: jax.Array, ctx: Context, remat: Remat) -> tuple[jax.Array, StackAux]:
-        ctx, auxes = self._entering(x_BTD, ctx), {}
+        x, ctx, auxes = self._expanded(x_BTD, ctx), self._entering(x_BTD, ctx), {}
         for part in PARTS:
             in_loop = part in SCANNED and self.config.times(part) > 1
 
             def run(block: BlockModule, x: jax.Array, ctx: Context, in_loop: bool = in_loop) -> tuple[jax.Array, Any, Context]:
                 return block(x, ctx, remat, in_loop=in_loop)
 
-            x_BTD, auxes[part], ctx = self._run(part, run, list(getattr(self, part)), x_BTD, ctx)
-        return x_BTD, auxes
+            x, auxes[part], ctx = self._run(part, run, list(getattr(self, part)), x, ctx)
+        return self._collapsed(x, ctx), auxes
 
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> dict[str, Any]:
         """Decoding state of every layer; that of a period is stacked over repeats."""
@@ -118,24 +134,36 @@ class StackModule(nnx.Module):
         def run(pair: tuple[BlockModule, Any], x: jax.Array, ctx: Context) -> tuple[jax.Array, Any, Context]:
             return pair[0].step(x, pair[1], ctx)
 
-        ctx, new = self._entering(x_BTD, ctx), {}
+        x, ctx, new = self._expanded(x_BTD, ctx), self._entering(x_BTD, ctx), {}
         for part in PARTS:
             pairs = list(zip(getattr(self, part), states[part], strict=True))
-            x_BTD, new[part], ctx = self._run(part, run, pairs, x_BTD, ctx)
-        return x_BTD, new
+            x, new[part], ctx = self._run(part, run, pairs, x, ctx)
+        return self._collapsed(x, ctx), new
+
+    def _expanded(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
+        """What the first layer gets: the stream, or all streams (B, T, M, D)."""
+        streams = self.config.hyper_connections
+        return x_BTD if streams is None else ctx.rules.constrain(expanded(x_BTD, streams.streams), STREAMS)
+
+    def _collapsed(self, x: jax.Array, ctx: Context) -> jax.Array:
+        return x if self.collapse is None else ctx.rules.constrain(self.collapse(x), STREAM)
 
     def _entering(self, x_BTD: jax.Array, ctx: Context) -> Context:
         """The context in front of the first layer."""
         return dataclasses.replace(ctx, published={EMBEDDING: {"stream": x_BTD}}, shared=dict(self.shared))
 
-    def _run(self, part: str, run: Any, items: list[Any], x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Any, Context]:
+    def _run(self, part: str, run: Any, items: list[Any], x: jax.Array, ctx: Context) -> tuple[jax.Array, Any, Context]:
         """`run` over the items of a part, once or by a scan.
 
         What was published in front of a scan is a constant of it. Of what its own layers publish, it carries what a later
-        part reads, and that gets the last repeat's.
+        part reads, and that gets the last repeat's. A shared table that is updated by rows is read by each block through taps
+        of its own.
         """
-        if part not in SCANNED or not items:
-            return _in_turn(items, x_BTD, ctx, run)
+        repeats = self.config.times(part) if part in SCANNED else None
+        tables = [reading(ctx.shared, f"{part}.{i}", repeats) for i in range(len(items))]
+        run, items = _through_taps(run), list(zip(items, tables, strict=True))
+        if repeats is None or not items:
+            return _in_turn(items, x, ctx, run)
         names = dict(self.carried)[part]
 
         def period(carry: tuple[jax.Array, Any], items: list[Any]) -> tuple[tuple[jax.Array, Any], list[Any]]:
@@ -145,20 +173,40 @@ class StackModule(nnx.Module):
         kept: Any = {}
         if names:
             once = jax.tree.map(lambda leaf: leaf[0], items)
-            shapes = jax.eval_shape(lambda x, items: period((x, None), items)[0][1], x_BTD, once)
+            shapes = jax.eval_shape(lambda x, items: period((x, None), items)[0][1], x, once)
             kept = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        (x_BTD, kept), scanned = jax.lax.scan(period, (x_BTD, kept), items)
-        return x_BTD, scanned, with_published(ctx, kept)
+        (x, kept), scanned = jax.lax.scan(period, (x, kept), items)
+        return x, scanned, with_published(ctx, kept)
 
     def updated(self, aux: StackAux) -> "StackModule":
         """The stack with every mixer's buffers moved on by the step's aux."""
+        move = lambda mixer, own: mixer.updated(own)  # noqa: E731
+        return self._each(aux, lambda part: jax.vmap(move) if part in SCANNED else move)
+
+    def within_step(self, aux: StackAux) -> "StackModule":
+        """The stack for the next micro-batch of a step, given the aux summed over those before it."""
+        return self._each(aux, lambda part: lambda mixer, own: mixer.within_step(own))
+
+    def _each(self, aux: StackAux, change_in: Callable[[str], Callable[[Mixer, Any], Mixer]]) -> "StackModule":
+        """A copy with each mixer changed by what its part's function makes of it and of its aux."""
         new = jax.tree.map(lambda leaf: leaf, self)
         for part in PARTS:
+            change = change_in(part)
             for block, block_aux in zip(getattr(new, part), aux[part], strict=True):
                 for layer, layer_aux in zip(block.sub_layers, block_aux, strict=True):
-                    move = lambda mixer, a: mixer.updated(a)  # noqa: E731
-                    layer.mixer = (jax.vmap(move) if part in SCANNED else move)(layer.mixer, layer_aux)
+                    layer.mixer = change(layer.mixer, layer_aux)
         return new
+
+
+def _through_taps(run: Any) -> Any:
+    """`run` for an item together with the shared tables as it reads them."""
+
+    def through(pair: tuple[Any, list[TapedTable]], x: jax.Array, ctx: Context) -> tuple[jax.Array, Any, Context]:
+        item, tables = pair
+        x, out, inner = run(item, x, dataclasses.replace(ctx, shared=with_tables(ctx.shared, tables)))
+        return x, out, dataclasses.replace(inner, shared=ctx.shared)
+
+    return through
 
 
 def _in_turn(items, x, ctx, apply):

@@ -35,11 +35,13 @@ class RMSNorm(nnx.Module):
 
     Args:
         unit_offset: multiply by 1 + scale, the scale starting at 0, so that decay pulls towards the identity.
+        branches: of several, each has a scale of its own: x is (..., branches, size).
     """
 
-    def __init__(self, size: int, *, axis: str | None = None, eps: float = 1e-6, unit_offset: bool = False):
+    def __init__(self, size: int, *, axis: str | None = None, eps: float = 1e-6, unit_offset: bool = False, branches: int = 1):
         self.eps, self.unit_offset = eps, unit_offset
-        self.scale = param((size,), (axis,), zeros if unit_offset else ones, group="vector")
+        shape, axes = ((size,), (axis,)) if branches == 1 else ((branches, size), ("branches", axis))
+        self.scale = param(shape, axes, zeros if unit_offset else ones, group="vector")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.scale[...] + 1.0 if self.unit_offset else self.scale[...]

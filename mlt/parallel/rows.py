@@ -141,27 +141,29 @@ class RowGradient:
         return jax.lax.while_loop(lambda state: state[1] > 0, one_round, state)[2]
 
 
-def merge(taps: tuple[Tap, ...], shape: tuple[int, ...], rules: Rules, *, micro_batches: bool) -> RowGradient:
+def merge(taps: Any, shape: tuple[int, ...], rules: Rules) -> RowGradient:
     """The records of every lookup of one table in one step, equal rows summed in float32 on each device.
 
     Args:
+        taps: a tree of records; in front of the dims of a call they have those of micro-batches, and of layers that a scan
+            stacks: for a stacked table, its own.
         shape: of the table, (M, V) or (L, M, V).
-        micro_batches: the records are stacked over them.
     """
     stacked = len(shape) == 3
-    lead = int(micro_batches) + int(stacked)
     owners = rules.size("memory")
     own = shape[-2] // owners
     behind = own * (shape[0] if stacked else 1)
     if behind > table.MOST_LOCAL_ROWS:
         rule = f"{behind} rows of one stacked table on a device; at most {table.MOST_LOCAL_ROWS} can be addressed"
         raise ValueError(f"{rule}: use more fsdp shards")
-    leaves, treedef = jax.tree.flatten(taps)
-    inputs = tuple((*(None,) * lead, *TOKENS, *(None,) * (x.ndim - lead - 2)) for x in leaves)
+    records = jax.tree.leaves(taps, is_leaf=_is_tap)
+    leaves, treedef = jax.tree.flatten(records)
+    axes = lambda call, x: (*(None,) * _lead(call), *TOKENS, *(None,) * (x.ndim - _lead(call) - 2))  # noqa: E731
+    inputs = tuple(axes(call, x) for call in records for x in jax.tree.leaves(call))
 
     def run(*leaves):
         calls = jax.tree.unflatten(treedef, leaves)
-        places = [_address(rows_of(call.words), lead, stacked, owners, own) for call in calls]
+        places = [_address(rows_of(call.words), _lead(call), stacked, owners, own) for call in calls]
         owner_N, row_N = (jnp.concatenate([part.reshape(-1) for part in parts]) for parts in zip(*places, strict=True))
         size = max(min(row_N.size, owners * behind), 1)
         found = table.distinct(owner_N, row_N, owners, size)
@@ -175,6 +177,15 @@ def merge(taps: tuple[Tap, ...], shape: tuple[int, ...], rules: Rules, *, micro_
 
     output = (_BY_DEVICE, _BY_DEVICE, (*_BY_DEVICE, None))
     return RowGradient(*local(run, rules, inputs, output)(*leaves), shape, rules)
+
+
+def _is_tap(node: Any) -> bool:
+    return isinstance(node, Tap)
+
+
+def _lead(call: Tap) -> int:
+    """Dims in front of (B, T, K, words)."""
+    return call.words.ndim - 4
 
 
 def _address(rows: Any, lead: int, stacked: bool, owners: int, own: int) -> tuple[jax.Array, jax.Array]:

@@ -24,6 +24,7 @@ LOGICAL_TO_MESH: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "memory": ("fsdp",),
     "layers": (),
+    "branches": (),
     # The residual stream's width: never sharded, unlike the same dim of a parameter.
     "stream": (),
 }

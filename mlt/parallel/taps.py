@@ -5,9 +5,13 @@ table whose optimizer works by rows, a `TapedTable` stands in the module where t
 and each lookup passes its result through a *tap*: an extra input of zeros whose cotangent is defined to be the record of the
 call. Differentiating the loss by the taps hence gives ids, coefficients and vectors, stacked over scanned layers as parameters
 are, through rematerialization and micro-batches, and no mixer need know.
+
+A table that several layers read has taps of its own for every *place* that reads it (`reading`): records are no sums, and the
+cotangent of one tap that two layers used would be one. In a scan they are scanned over beside the layers.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -37,16 +41,15 @@ class Tap:
 
 
 class Anchor:
-    """What all copies of one taped table share: the array, and how many lookups each trace of the module has made.
+    """What all copies of one taped table share: the array, and which lookups a trace of the model has found.
 
     Attributes:
         array: (M, V) or stacked (L, M, V); a constant of the loss.
-        calls: shapes of the taps, in the order of the lookups, once a trace has found them.
     """
 
     def __init__(self, array: jax.Array):
         self.array = array
-        self.calls: dict[int, Tap] = {}
+        self._calls: dict[tuple[str, int], Tap] = {}
         self._seen: list[tuple[Any, int]] = []
 
     def number(self, layer: Any) -> int:
@@ -58,6 +61,19 @@ class Anchor:
         self._seen.append((layer, 1))
         return 0
 
+    def found(self, place: str, number: int, tap: Tap, times: tuple[int, ...]) -> None:
+        """Note the shapes of a lookup's tap, one for each of the layers that a scan stacks."""
+        stacked = lambda s: jax.ShapeDtypeStruct((*times, *s.shape), s.dtype)  # noqa: E731
+        self._calls[place, number] = jax.tree.map(stacked, tap)
+
+    def taps(self) -> Any:
+        """Zeros for every lookup that was found, in their order; by place where several layers read the table."""
+        by_place: dict[str, tuple[Tap, ...]] = {}
+        for place, number in sorted(self._calls):
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self._calls[place, number])
+            by_place[place] = (*by_place.get(place, ()), zeros)
+        return by_place.get("", ()) if by_place.keys() <= {""} else by_place
+
 
 @jax.tree_util.register_pytree_node_class
 class TapedTable:
@@ -66,18 +82,32 @@ class TapedTable:
     Attributes:
         anchor: the array and what is known of its lookups.
         layer: () int32, place in the stack; 0 for a table of one layer.
-        taps: one for each lookup; None while a trace finds them.
+        taps: one for each lookup, or those of all places by name; None while a trace finds them.
+        place: what reads it, of a table that several layers share; empty for the table of one layer.
+        times: how often a scan runs that place; empty where there is none.
     """
 
-    def __init__(self, anchor: Anchor, layer: Any, taps: tuple[Tap, ...] | None):
-        self.anchor, self.layer, self.taps = anchor, layer, taps
+    def __init__(self, anchor: Anchor, layer: Any, taps: Any, place: str = "", times: tuple[int, ...] | None = None):
+        self.anchor, self.layer, self.taps, self.place = anchor, layer, taps, place
+        self.times = anchor.array.shape[:-2] if times is None else times
 
     def tree_flatten(self):
-        return (self.layer, self.taps), self.anchor
+        return (self.layer, self.taps), (self.anchor, self.place, self.times)
 
     @classmethod
-    def tree_unflatten(cls, anchor, children):
-        return cls(anchor, *children)
+    def tree_unflatten(cls, known, children):
+        anchor, *where = known
+        return cls(anchor, *children, *where)
+
+    def at(self, place: str, repeats: int | None = None) -> "TapedTable":
+        """The table with the taps of one place; see `reading`."""
+        place = f"{self.place}.{place}".lstrip(".")
+        taps, times = self.taps, self.times if repeats is None else (repeats,)
+        if isinstance(taps, dict):
+            below = {name: own for name, own in taps.items() if name.startswith(f"{place}.")}
+            taps = taps.get(place, below)
+        # A new array, by which the lookups of this place are told from those of others.
+        return TapedTable(self.anchor, jnp.zeros(() if repeats is None else (repeats,), jnp.int32), taps, place, times)
 
     def __getitem__(self, index: Any) -> "TapedTable":
         if index is not ...:
@@ -116,13 +146,35 @@ class TapedTable:
         number = self.anchor.number(self.layer)
         if self.taps is None:
             shapes = jax.eval_shape(lambda *args: _record(kind, *args), rows, other, out)
-            self.anchor.calls[number] = shapes
+            self.anchor.found(self.place, number, shapes, self.times)
             return out
         if kind == "pooled":
             return _pooled(out, self.taps[number], rows, jax.lax.stop_gradient(other))
         if kind == "products":
             return _products(out, self.taps[number], rows, jax.lax.stop_gradient(other))
         return _gathered(out, self.taps[number], rows)
+
+
+def reading(shared: Any, place: str, repeats: int | None = None) -> list[TapedTable]:
+    """The taped tables of a tree of shared modules as one place of the model reads them, with that place's taps.
+
+    Args:
+        place: names it among those below the place that the tree was made for; one that is no further divided makes lookups.
+        repeats: a scan runs the place so often; what is given here is to be scanned over.
+    """
+    return [leaf.at(place, repeats) for leaf in jax.tree.leaves(shared, is_leaf=_is_taped) if _is_taped(leaf)]
+
+
+def with_tables(shared: Any, tables: Sequence[TapedTable]) -> Any:
+    """The tree with other taped tables, in the order of `reading`."""
+    if not tables:
+        return shared
+    others = iter(tables)
+    return jax.tree.map(lambda leaf: next(others) if _is_taped(leaf) else leaf, shared, is_leaf=_is_taped)
+
+
+def _is_taped(node: Any) -> bool:
+    return isinstance(node, TapedTable)
 
 
 def _record(kind: str, rows: Any, other: jax.Array | None, cotangent: jax.Array) -> Tap:

@@ -7,27 +7,35 @@ from mlt.config.run import RunConfig
 from mlt.mixers.channel.engram import Engram
 from mlt.mixers.channel.hierarchical_memory import HierarchicalMemory
 from mlt.mixers.sequence.value_embeddings import LaVEAttention, MoVEAttention
+from mlt.model.float8_tables import float8_names
 from mlt.model.lm import LM
-from mlt.nn.param import partition
+from mlt.nn.float8 import stored_bytes
+from mlt.nn.param import ParamSpec, named_leaves, partition
 from mlt.optim.table import assigned
 from mlt.parallel import table
 from mlt.train.residents import Resident, residents
 
 
-def table_lines(config: RunConfig, specs: LM) -> list[str]:
+def table_lines(config: RunConfig, specs: LM, hosts: int = 1) -> list[str]:
     """One line for each kind of lookup where tables have several owners, and for each table with an optimizer of its own."""
     lookups = [f"{name}: {how}" for name, how in dict(_crossings(config)).items()]
     own = assigned(config.optimizer.table_optimizers, partition(specs)[0])
     updates = [f"{name}: {type(optimizer).__name__}" + " by rows" * optimizer.lazy for name, optimizer in own.items()]
-    return lookups + updates + [_resident(one) for one in residents(config, specs)]
+    in_8_bits = [_exported(name, spec) for name, spec in named_leaves(specs) if name in float8_names(config.model)]
+    return lookups + updates + in_8_bits + [_resident(one) for one in residents(config, specs, hosts)]
+
+
+def _exported(name: str, spec: ParamSpec) -> str:
+    rows, width = spec.size // spec.shape[-1], spec.shape[-1]
+    held, written = spec.nbytes / 2**20, stored_bytes(rows, width) / 2**20
+    where = "in exports and mlt generate"
+    return f"{name}: read in 8 bits; {held:,.1f} MiB of float32 rows in training, {written:,.1f} MiB with scales {where}"
 
 
 def _resident(one: Resident) -> str:
-    whole, held = (one.nbytes(rows) / 2**20 for rows in (one.spec.shape[-2], one.held))
-    return (
-        f"{one.parameter}: {whole:,.1f} MiB in host memory, optimizer state included; {one.held:,} rows, {held:,.1f} MiB, "
-        "on the devices and each way a step"
-    )
+    moved = one.nbytes(one.held) / 2**20
+    copies = f" of each of {one.hosts} hosts" if one.hosts > 1 else ""
+    return f"{one.parameter}: in host memory; room for {one.held:,} rows{copies} on the devices, {moved:,.1f} MiB each way a step"
 
 
 def _crossings(config: RunConfig) -> Iterator[tuple[str, str]]:

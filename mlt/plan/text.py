@@ -11,18 +11,20 @@ from mlt.model.lm import LM
 from mlt.model.stack import Stack
 from mlt.nn.param import named_leaves
 from mlt.parallel import ring
+from mlt.plan.memory import device_bytes, memory_lines
 from mlt.plan.tables import table_lines
 
 LONG = 131_072
 """Tokens after which the plan says what decoding keeps."""
 
 
-def plan_text(config: RunConfig, specs: LM) -> str:
+def plan_text(config: RunConfig, specs: LM, hosts: int = 1) -> str:
     """One screen. Needs no device and no data.
 
     Args:
         config: a checked config.
         specs: its described model.
+        hosts: parts in which tables in host memory are split (`residents.host_groups`).
     """
     seq_len = config.data.sequence_length
     total = count(config.model, specs, seq_len)
@@ -33,21 +35,31 @@ def plan_text(config: RunConfig, specs: LM) -> str:
         f"{total.active_params:,} active per token",
         f"stack        {stack.num_layers} layers: {_parts(stack)}",
         *(f"             {line}" for line in _layers(config)),
+        *([f"streams      {_streams(stack)}"] if stack.hyper_connections else []),
         f"compute      {3 * total.flops_per_token / 1e6:,.1f} MFLOP per token (forward and backward), "
         f"{config.train.compute_dtype}",
         f"decoding     {total.state_values:,} state values per sequence after {seq_len:,} tokens; "
         f"{decoding_bytes(specs, LONG) / 2**20:,.1f} MiB after {LONG:,}, recurrent states in float32 and the rest in bfloat16",
         f"batch        {config.data.batch_size} rows of {seq_len:,} tokens, {config.train.grad_accumulation} micro-batch(es); "
         f"{config.train.steps:,} steps, {config.train.steps * config.data.batch_size * seq_len:,} tokens",
-        f"mesh         {mesh}; about {_state_bytes(config, total.params) / 2**20:,.0f} MiB of parameters, gradients and AdamW "
-        f"state per device",
+        f"mesh         {mesh}; about {device_bytes(config, specs, hosts) / 2**20:,.0f} MiB of parameters, gradients and "
+        "optimizer state per device",
+        *(f"host memory  {line}" for line in memory_lines(config, specs, hosts)),
         *([f"sequence     {'; '.join(_crossings(config))}"] if config.mesh.context > 1 else []),
         *([f"distill      {_distilled(config, specs)}"] if config.train.distill else []),
-        *([f"tables       {'; '.join(tables)}"] if (tables := table_lines(config, specs)) else []),
+        *([f"tables       {'; '.join(tables)}"] if (tables := table_lines(config, specs, hosts)) else []),
         f"memory       {'; '.join(config.remat.describe())}",
         f"backends     {', '.join(_backends(config))}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _streams(stack: Stack) -> str:
+    """How many residual streams there are; everything that is kept of the stream is kept of all of them."""
+    config: Any = stack.hyper_connections
+    own = sum(mixer.num_branches > 1 for mixer in stack.mixers())
+    taking = f"; {own} sub-layers take all of them" if own else ""
+    return f"{config.streams} residual streams, {config.kind} hyper-connections{taking}; kept inputs of sub-layers are as wide"
 
 
 def _distilled(config: RunConfig, specs: LM) -> str:
@@ -60,13 +72,6 @@ def _distilled(config: RunConfig, specs: LM) -> str:
     what = of if distill.listens else f"the data alone, with {distill.teacher} at {step} as teacher by name"
     start = "" if distill.start is None else f"; starts from {distill.start}"
     return f"{what}{start}; trains {trained:,} of {sum(spec.size for spec in parameters):,} parameters"
-
-
-def _state_bytes(config: RunConfig, params: int) -> float:
-    """Bytes of parameters, gradients and two moments on a device, all float32."""
-    mesh = config.mesh
-    split = [mesh.fsdp if mesh.zero >= stage else 1 for stage in (3, 2, 1, 1)]
-    return sum(4 * params / mesh.tensor / parts for parts in split)
 
 
 def _crossings(config: RunConfig) -> list[str]:

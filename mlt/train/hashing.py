@@ -1,6 +1,6 @@
 """Rows of hashed tables computed with the batch, on the host, by the threads that make batches ahead."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from mlt.config.run import RunConfig
 from mlt.mixers.channel.engram import Engram
 from mlt.nn.ngram_hash import NgramHash, whole_ids
 from mlt.parallel.table import row_fields
+from mlt.train.residents import Resident
 
 Batch = dict[str, np.ndarray]
 
@@ -47,9 +48,20 @@ class HostHashes:
     Attributes:
         layers: their hashes by name.
         on_host: those whose tables lie in host memory.
+        reads: rows of a batch that a process must be given although others feed them; None where it is its own.
     """
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, tables: Sequence[Resident] = (), keep: Sequence[int] | None = None):
+        """Compute nothing.
+
+        Args:
+            tables: those in host memory (`residents`); without, their rows are counted as if one host held them.
+            keep: rows of the batch that this process feeds, where rows of a table in host memory must be counted over the
+                batches of all processes: each then reads the whole batch.
+        """
+        self._tables = {one.layer: one for one in tables}
+        self._keep = keep
+        self.reads = None if keep is None else range(config.data.batch_size)
         info = config.model.info(tuple(config.data.tokenizer.token_strings()))
         chosen = {layer.name: layer for _, layer in engram_layers(config) if layer.hash_on == "host"}
         self.on_host = {name for name, layer in chosen.items() if layer.table_on == "host"}
@@ -68,13 +80,15 @@ class HostHashes:
 
         Those of a table in host memory count its rows in the field `distinct/<layer>`.
         """
-        added: Batch = {}
+        fields, distinct = dict(batch), {}
         for name, hashed in self.layers.items():
             rows, distinct_U = self._rows(name, hashed, batch["tokens"], batch["segment_ids"])
-            added |= row_fields(name, rows)
+            fields |= row_fields(name, rows)
             if distinct_U is not None:
-                added[distinct_field(name)] = distinct_U
-        return {**batch, **added}
+                distinct[distinct_field(name)] = distinct_U
+        if self._keep is not None:
+            fields = {name: array[list(self._keep)] for name, array in fields.items()}
+        return {**fields, **distinct}
 
     def _rows(self, name: str, hashed: NgramHash, token_ids_BT: np.ndarray, segment_ids_BT: np.ndarray) -> tuple[Any, Any]:
         rows = hashed.rows(token_ids_BT, segment_ids_BT)
@@ -83,4 +97,7 @@ class HostHashes:
         ids = whole_ids(rows)
         distinct_U, place = np.unique(ids, return_inverse=True)
         none = int(distinct_U[:1].sum() < 0)  # -1 stands first, where there is one
-        return (place.reshape(ids.shape) - none).astype(np.int32), distinct_U[none:]
+        rows_U, known = distinct_U[none:], self._tables.get(name)
+        positions_U = np.arange(rows_U.size) if known is None else known.positions_of(rows_U)
+        positions_U = np.concatenate([np.full(none, -1), positions_U])
+        return positions_U[place].reshape(ids.shape).astype(np.int32), rows_U

@@ -29,6 +29,7 @@ from mlt.train.evaluate import Evaluator
 from mlt.train.peers import ALONE, Alone
 from mlt.train.processes import Processes
 from mlt.train.repeat import step_twice
+from mlt.train.residents import moving_bytes, num_hosts
 from mlt.train.rolling_back import roll_back
 from mlt.train.run_config import check_config, keep_config
 from mlt.train.run_directory import RunDirectory
@@ -95,8 +96,10 @@ class Loop:
 
     def run(self) -> None:
         abstract = abstract_state(self.setup.specs, self.setup.optimizer, self.setup.rules)
-        check_fits(abstract, self.setup.specs, self.setup.rules)
-        plan = plan_text(self.config, self.setup.whole_specs)
+        besides = moving_bytes(self.tables.tables, self.setup.rules)
+        lazy = getattr(self.setup.optimizer, "lazy", ())
+        check_fits(abstract, self.setup.specs, self.setup.rules, besides=besides, lazy=lazy)
+        plan = plan_text(self.config, self.setup.whole_specs, num_hosts(self.config, self.setup.rules))
         for line in keep_config(self.directory, self.config):
             self.console.say(f"config: {line}")
         keep_tree(self.directory.clusters_path, self.config, self.setup.corpus, write=self.peers.index == 0)
@@ -142,7 +145,8 @@ class Loop:
     def _to_the_end(self, step_fn: Any, abstract: TrainState, state: TrainState, first: int, position: Any) -> TrainState:
         """All steps that are left, with as many rollbacks as it takes."""
         while True:
-            options = {"places": self.feed.places, "stop": self.stopping.while_loading, "extend": self.setup.hashes}
+            places = self.setup.hashes.reads or self.feed.places
+            options = {"places": places, "stop": self.stopping.while_loading, "extend": self.setup.hashes}
             loader = open_loader(self.config.data, self.setup.corpus, state=position, **options)
             try:
                 return self.steps(step_fn, state, first, self.config.train.steps, loader)

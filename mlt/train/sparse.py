@@ -10,10 +10,10 @@ from mlt.nn.param import path_name
 from mlt.optim.table import filled, named, without
 from mlt.parallel.rows import merge
 from mlt.parallel.rules import Rules
-from mlt.parallel.taps import Anchor, Tap, TapedTable
+from mlt.parallel.taps import Anchor, TapedTable
 
-Records = dict[str, tuple[Tap, ...]]
-"""What each table's lookups read and what came back, by the table's name."""
+Records = dict[str, Any]
+"""What each table's lookups read and what came back, by the table's name: trees of `Tap`."""
 
 
 def gradient(objective: Callable[..., Any], lazy: tuple[str, ...]) -> Callable[[Any, Any], tuple[Any, Any, Any, Records]]:
@@ -38,10 +38,10 @@ def gradient(objective: Callable[..., Any], lazy: tuple[str, ...]) -> Callable[[
     return run
 
 
-def with_rows(grads: Any, records: Records, trained: Any, rules: Rules, *, micro_batches: bool) -> Any:
+def with_rows(grads: Any, records: Records, trained: Any, rules: Rules) -> Any:
     """The gradients with each lazy table's merged rows in its place."""
     shapes = {name: leaf.shape for name, leaf in named(trained).items() if name in records}
-    merged = {name: merge(taps, shapes[name], rules, micro_batches=micro_batches) for name, taps in records.items() if taps}
+    merged = {name: merge(taps, shapes[name], rules) for name, taps in records.items() if taps}
     return filled(grads, merged)
 
 
@@ -56,12 +56,7 @@ def _find_taps(objective: Callable[..., Any], dense: Any, tables: dict[str, jax.
     """Zeros for every lookup, found by tracing the loss once."""
     anchors = {name: Anchor(array) for name, array in tables.items()}
     jax.eval_shape(lambda dense, batch: objective(_taped(dense, anchors, None), batch), dense, batch)
-    found = {}
-    for name, anchor in anchors.items():
-        layers = anchor.array.shape[:-2]
-        calls = tuple(anchor.calls[number] for number in sorted(anchor.calls))
-        found[name] = jax.tree.map(lambda s, layers=layers: jnp.zeros((*layers, *s.shape), s.dtype), calls)
-    return found
+    return {name: anchor.taps() for name, anchor in anchors.items()}
 
 
 def _taped(dense: Any, anchors: dict[str, Anchor], taps: Records | None) -> Any:

@@ -80,7 +80,7 @@ def create_state(
         UserError: tables that the devices cannot hold; nothing has been made then.
     """
     abstract = abstract_state(specs, optimizer, rules)
-    check_fits(abstract, specs, rules)
+    check_fits(abstract, specs, rules, lazy=getattr(optimizer, "lazy", ()))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     given = given or {}
     model = filled(initialize(without(specs, given), seed, without(shardings.model, given)), dict(given))

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from mlt.config.run import RunConfig
+from mlt.model.streams import stream_flops
 
 PEAK_FLOPS: dict[str, float] = {
     "A100": 312e12,
@@ -57,7 +58,7 @@ class Utilization:
         if length not in self._known:
             model = self._config.model
             flops = sum(mixer.flops_per_token(model.d_model, length) for mixer in model.stack.mixers())
-            self._known[length] = flops + 2 * model.d_model * model.vocab_size
+            self._known[length] = flops + 2 * model.d_model * model.vocab_size + stream_flops(model.stack, model.d_model)
         return self._known[length]
 
 

@@ -6,12 +6,15 @@ from fault_tools import TINY
 
 from mlt.checkpoint.save import Checkpointer
 from mlt.config.dump import allowed_changes, binding_changes, config_hash, from_yaml, full_hash, to_yaml
-from mlt.config.exempt import FREE, JUDGED, LAYOUT
+from mlt.config.exempt import FREE, JUDGED, LAYERS, LAYOUT, exemption
 from mlt.config.load import load_config
 from mlt.config.problems import walk
 from mlt.config.run import RunConfig
 from mlt.data.mixture import Mixture
 from mlt.errors import UserError
+from mlt.mixers.channel.engram import Engram
+from mlt.mixers.sequence.parallel import Parallel
+from mlt.model.block import Block
 from mlt.train.run_config import check_config, keep_config
 from mlt.train.run_directory import RunDirectory
 
@@ -49,6 +52,21 @@ def test_exempt_paths_exist():
     for node_path, node in walk(config()):
         paths |= {f"{node_path}.{name}".lstrip(".") for name in getattr(type(node), "model_fields", {})}
     assert {*FREE, *LAYOUT, *JUDGED} <= paths
+
+
+def test_where_a_table_lies_may_change_wherever_its_layer_stands():
+    def at(where: str):
+        engram = Engram(layer_id=0, layer_ids=(0,), rows_per_head=50, head_dim=4, hash_on=where, table_on=where)
+        block = Block(mixers=(Parallel(mixers=(engram.replace(layer_id=1, layer_ids=(1,)),)),))
+        model = config().model
+        return config().replace(model=model.replace(stack=model.stack.replace(head=(Block(mixers=(engram,)), block))))
+
+    old, new = at("device"), at("host")
+    assert binding_changes(old, new) == []
+    assert len(allowed_changes(old, new)) == 4
+    assert config_hash(old) == config_hash(new) != config_hash(config())
+    assert exemption("data.table_on") is None
+    assert {*LAYERS} <= {*Engram.model_fields}
 
 
 def test_a_field_at_its_default_does_not_count():

@@ -20,15 +20,15 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def start_one(mlt: Command, run_dir: pathlib.Path) -> Child:
+def start_one(mlt: Command, run_dir: pathlib.Path, *, config: pathlib.Path = TINY, words: tuple[str, ...] = WORDS) -> Child:
     """One process with two devices."""
-    words = ("train", TINY, "--run-dir", run_dir, *WORDS)
+    words = ("train", config, "--run-dir", run_dir, *words)
     return mlt.fork(words, server="two devices", JAX_NUM_CPU_DEVICES=2, **QUICK)
 
 
-def start_two(mlt: Command, run_dir: pathlib.Path) -> list[Child]:
+def start_two(mlt: Command, run_dir: pathlib.Path, *, config: pathlib.Path = TINY, words: tuple[str, ...] = WORDS) -> list[Child]:
     """Two processes with a device each, told of each other by variables."""
-    address, words = free_address(), ("train", TINY, "--run-dir", run_dir, *WORDS)
+    address, words = free_address(), ("train", config, "--run-dir", run_dir, *words)
     return [
         mlt.fork(words, of_two(index, address), server=f"process {index}", JAX_NUM_CPU_DEVICES=1, **QUICK) for index in (0, 1)
     ]

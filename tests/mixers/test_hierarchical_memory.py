@@ -1,7 +1,5 @@
 """Hierarchical memories against their equations, token by token in float64; which rows a document reads and trains."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +16,6 @@ from mlt.parallel.rules import Rules
 from mlt.train import sparse
 from mlt.verify.material import lively, packed_rows
 
-QUICK = {"xla_backend_optimization_level": 0}
 D = 8
 INFO = BuildInfo(d_model=D, num_sub_layers=4, vocab_size=16)
 CONFIG = HierarchicalMemory(d_ff=6, units=(3, 0, 2), branching=2, max_runs=5)
@@ -34,7 +31,7 @@ def given(seed: int = 0, rows: int = 2, length: int = 21):
     return batch, rng.standard_normal((rows, length, D)).astype(np.float32)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def run(mixer, x, batch):
     return mixer(x, context_of(batch, Rules(None), train=True))
 
@@ -97,10 +94,10 @@ def test_only_fetched_rows_are_trained_and_records_give_the_same():
         loss = jnp.sum(jnp.sin(y) * (batch["segment_ids"] > 0)[..., None])
         return loss, (loss, aux)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def both(trained, batch):
         _, _, grads, records = sparse.gradient(objective, ("table",))(trained, batch)
-        merged = named(sparse.with_rows(grads, records, trained, Rules(None), micro_batches=False))["table"]
+        merged = named(sparse.with_rows(grads, records, trained, Rules(None)))["table"]
         return jax.grad(objective, has_aux=True)(trained, batch)[0].table[...], merged.dense()
 
     dense, rows = both(trained, batch)

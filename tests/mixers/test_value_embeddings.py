@@ -25,7 +25,6 @@ from mlt.parallel.rules import Rules
 from mlt.train import sparse
 from mlt.verify.material import lively, packed_rows
 
-QUICK = {"xla_backend_optimization_level": 0}
 V, D = 24, 16
 INFO = BuildInfo(d_model=D, num_sub_layers=4, vocab_size=V)
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "rope_base": None}
@@ -100,7 +99,7 @@ def test_values_are_those_of_the_equations(name):
     config, value = CASES[name]
     mixer = drawn(config)
     batch, x, ctx = given()
-    found = np.asarray(jax.jit(lambda m, x: m(x, ctx)[0], compiler_options=QUICK)(mixer, x))
+    found = np.asarray(jax.jit(lambda m, x: m(x, ctx)[0])(mixer, x))
     w = weights_of(mixer)
     want = attended(w, x.astype(np.float64), batch, functools.partial(value, config, w))
     real = batch["segment_ids"] > 0
@@ -116,7 +115,7 @@ def test_an_empty_table_leaves_attention_as_it_is(config):
     mixer.value_gate.kernel[...] = jnp.zeros_like(mixer.value_gate.kernel[...])
     for name in ("query", "key", "value", "output"):
         setattr(plain, name, getattr(mixer, name))
-    run = jax.jit(lambda m, x: m(x, ctx)[0], compiler_options=QUICK)
+    run = jax.jit(lambda m, x: m(x, ctx)[0])
     np.testing.assert_allclose(run(mixer, x), run(plain, x), atol=1e-6)
 
 
@@ -132,7 +131,7 @@ def test_readers_of_a_bank_add_up_in_its_gradient():
     def slopes(module):
         filled = jax.tree_util.tree_map_with_path(lambda path, _: known[path_name(path)], module)
         grad = jax.grad(lambda module: jnp.sum(jnp.sin(module(x, ctx, Remat(mode="none"))[0])))
-        return {name: np.asarray(leaf) for name, leaf in named_leaves(jax.jit(grad, compiler_options=QUICK)(filled))}
+        return {name: np.asarray(leaf) for name, leaf in named_leaves(jax.jit(grad)(filled))}
 
     one, two = slopes(stack(MOVE.replace(publish_bank="bank"), MOVE.replace(bank="bank"))), slopes(apart)
     np.testing.assert_allclose(one.pop(first), two.pop(first) + two.pop(second), atol=1e-5)
@@ -164,10 +163,10 @@ def test_rows_by_records_are_the_dense_gradient():
         loss = jnp.sum(jnp.sin(hidden) * ctx.is_token[..., None])
         return loss, (loss, aux)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def both(trained, batch):
         _, _, grads, records = sparse.gradient(objective, lazy)(trained, batch)
-        merged = dict(named(sparse.with_rows(grads, records, trained, Rules(None), micro_batches=False)))
+        merged = dict(named(sparse.with_rows(grads, records, trained, Rules(None))))
         return jax.grad(objective, has_aux=True)(trained, batch)[0], {name: merged[name].dense() for name in lazy}
 
     dense, rows = both(trained, batch)

@@ -76,6 +76,8 @@ def same_function(a: LMConfig, b: LMConfig, other: str = "read back as") -> list
     for name in LMConfig.model_fields:
         if name not in ("stack", "embed_std") and getattr(a, name) != getattr(b, name):
             lines.append(f"{name} = {getattr(a, name)!r}, {other} {getattr(b, name)!r}")
+    if a.stack.hyper_connections != b.stack.hyper_connections:
+        lines.append(f"stack.hyper_connections = {a.stack.hyper_connections!r}, {other} {b.stack.hyper_connections!r}")
     ours, theirs = a.stack.layers(), b.stack.layers()
     if len(ours) != len(theirs):
         return [*lines, f"{len(ours)} layers, {other} {len(theirs)}"]

@@ -57,6 +57,12 @@ def write_config(config: LMConfig, name: str | None = None) -> tuple[Architectur
     known = all_architectures()
     if name is not None and name not in known:
         raise UserError(f"model_type {name!r} has no map; there are {', '.join(known)}")
+    if config.stack.hyper_connections is not None:
+        raise UserError(
+            f"the model has {config.stack.hyper_connections.streams} residual streams (stack.hyper_connections), and no "
+            "architecture of transformers that mlt has a map for has more than one; write it under its own "
+            "names, --format mlt"
+        )
     reasons: dict[str, list[str]] = {}
     for kind, architecture in known.items() if name is None else [(name, known[name])]:
         try:

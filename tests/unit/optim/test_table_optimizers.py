@@ -38,9 +38,9 @@ def by_rows(ids: np.ndarray, vectors: np.ndarray):
     read = lambda taped: ops.row_lookup(Rules(None), taped, ids)  # noqa: E731
     anchor = Anchor(values)
     jax.eval_shape(lambda: read(TapedTable(anchor, jnp.int32(0), None)))
-    zeros = tuple(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), anchor.calls[n]) for n in sorted(anchor.calls))
+    zeros = anchor.taps()
     loss = lambda taps: jnp.sum(read(TapedTable(Anchor(values), jnp.int32(0), taps)) * vectors[None, :, None])  # noqa: E731
-    return merge(jax.grad(loss)(zeros), (M, V), Rules(None), micro_batches=False)
+    return merge(jax.grad(loss)(zeros), (M, V), Rules(None))
 
 
 def run(config: AdamW, steps: list[tuple[np.ndarray, np.ndarray]], *, dense: bool = False) -> tuple[np.ndarray, dict]:

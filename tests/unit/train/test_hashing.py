@@ -34,7 +34,6 @@ from mlt.train.step import train_step
 from mlt.verify.material import packed_rows
 
 ROWS, LENGTH = 8, 24
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def engram(number: int, **fields) -> Engram:
@@ -104,7 +103,7 @@ class Step:
         shapes = abstract_batch(self.rules, ROWS, LENGTH, self.hashes.fields() if host else None)
         step = jax.jit(functools.partial(train_step, optimizer=optimizer, options=options), out_shardings=(places, None))
         self.lowered = step.lower(self.start, shapes)
-        self.compiled = self.lowered.compile(QUICK)
+        self.compiled = self.lowered.compile()
 
     def run(self, steps: int = 2):
         state = self.start
@@ -157,7 +156,7 @@ def test_shards_take_the_rows_of_the_host():
     mixer = initialize(mixer, 0, rules.param_shardings(mixer))
     feed, batch = Feed(rules, ROWS, LENGTH), batch_of()
     x = jax.device_put(np.random.default_rng(0).standard_normal((ROWS, LENGTH, 16)), rules.sharding(("batch", "seq", "stream")))
-    run = jax.jit(lambda mixer, batch: mixer(x, context_of(batch, rules, train=True))[0], compiler_options=QUICK)
+    run = jax.jit(lambda mixer, batch: mixer(x, context_of(batch, rules, train=True))[0])
     hashed = HostHashes(small(layer, engram(3)))(batch)
     np.testing.assert_array_equal(run(mixer, feed(hashed)), run(mixer, feed(batch)))
 
