@@ -21,9 +21,17 @@ from mlt.mixers.base import Context
 from mlt.model.count import parameter_table
 from mlt.model.lm import LM
 from mlt.model.remat import Remat
+from mlt.nn.float8 import E4M3, E8M0
 from mlt.parallel.rules import Rules
 from mlt.train.load import load_model
 from mlt.train.setup import describe_model
+
+TYPES = {
+    **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "BOOL": np.bool_},
+    **{f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)},
+    **{"F8_E4M3": E4M3, "F8_E8M0": E8M0},
+}
+"""NumPy types of what an export holds, by their names in the format."""
 
 RECEIPT_TEXT = "def main():\n    return sum(range(10))\n"
 
@@ -56,14 +64,26 @@ def read_export(directory: Path) -> tuple[RunConfig, LM]:
     Raises:
         UserError: a file or tensor is missing.
     """
-    from safetensors.numpy import load_file
-
     try:
         config = from_yaml((directory / "config.yaml").read_text(), root=RunConfig)
-        tensors = load_file(directory / "model.safetensors")
+        tensors = read_tensors(directory / "model.safetensors")
         return config, from_tensors(config.model, describe_model(config), tensors)
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{directory}: is not a whole export: {error}") from error
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a safetensors file, mapped into memory. The library's own reader for NumPy has no 8-bit floats."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    data = np.memmap(path, np.uint8, mode="r", offset=8 + size)
+    return {name: _viewed(data, **about) for name, about in header.items()}
+
+
+def _viewed(data: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
+    return data[slice(*data_offsets)].view(TYPES[dtype]).reshape(shape)
 
 
 def _write(config: RunConfig, model: LM, step: int, target: Path) -> None:

@@ -12,15 +12,15 @@ from mlt.nn.param import ParamSpec
 from mlt.optim.base import OptimizerConfig, group_tree
 from mlt.optim.schedule import Schedule
 
-BATCH_AXES = ("layers", "experts")
+BATCH_AXES = ("layers", "experts", "branches")
 
 
 class Muon(OptimizerConfig):
     """Five Newton-Schulz steps turn the momentum of each matrix into a nearly orthogonal update.
 
     Parameters of group "matrix" that read from or write to the residual stream are the matrices: their `embed` dim is one
-    side, all others together the other; layers and experts are separate matrices. Embeddings, tables, vectors and the rest
-    are trained by AdamW at `adam_rate`.
+    side, all others together the other; layers, experts and branches are separate matrices. Embeddings, tables, vectors and
+    the rest are trained by AdamW at `adam_rate`.
 
     Attributes:
         learning_rate: peak rate of the matrices; an update has the root mean square `update_rms` before it.

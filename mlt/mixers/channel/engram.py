@@ -12,10 +12,11 @@ from mlt.config.problems import Problem
 from mlt.errors import UserError
 from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, Mixer, keep_where, resume_segment, save_point
 from mlt.mixers.conv import CausalConv
+from mlt.nn.float8 import GROUP, Rows8, rounded
 from mlt.nn.linear import Linear
 from mlt.nn.ngram_hash import NgramHash, NgramTables, compression_map, multipliers, ngram_rows, ngram_tables, split_words
 from mlt.nn.norm import RMSNorm
-from mlt.nn.param import Buffer, buffer, fan_in, given, normal, param, zeros
+from mlt.nn.param import Buffer, Init, buffer, fan_in, given, normal, param, zeros
 from mlt.parallel import ops
 from mlt.parallel.table import MOST_LOCAL_ROWS, WideRows
 
@@ -33,6 +34,9 @@ class Engram(ChannelMixerConfig):
     e_t joins the rows that hashes of the last 2, ..., max_ngram tokens point to, several heads for each order, and
     root(s) = sign(s) sqrt(|s|). It goes first in a block: the sub-layer's input is the stream h itself.
 
+    In a stack of M residual streams it may take all of them (`branches`): each has a W_K, norms, a gate and, through the
+    convolution, an output of its own, which is added to it; table and W_V are shared.
+
     Attributes:
         layer_id: which Engram layer of the model this one is.
         layer_ids: all Engram layers of the model, in order: no two of their tables share a size.
@@ -40,6 +44,9 @@ class Engram(ChannelMixerConfig):
         head_dim: width of a row.
         max_ngram: longest n-gram.
         heads_per_order: tables per n-gram order.
+        branches: residual streams that are read and written one by one (M), all that the stack has; 1 takes what any
+            sub-layer takes, the stream or a mixture of streams.
+        fused_projection: keep the W_K of all branches and then W_V as one matrix: the same function, one parameter.
         conv: the depthwise convolution of width 4 and dilation max_ngram; it starts at zero.
         compress_tokens: let tokens share an id that differ in case, accents or white space only.
         pad_token_id: read where an n-gram reaches over its document's start.
@@ -50,6 +57,8 @@ class Engram(ChannelMixerConfig):
             "device".
         table_on: "host" keeps the table and its optimizer's state in host memory in training, and only the rows of a batch on
             the devices (docs/tables.md); it needs hash_on="host". Evaluation and decoding of a checkpoint read it whole.
+        rows_in: "float8" reads rows as 8 bits hold them (`nn/float8.py`), and exports keep them so. In training the owner's
+            rows are float32 and each lookup rounds what it reads; the gradient goes to the float32 row as if it had not.
         kernel: backend of the row lookup; None takes the best available, a name is strict.
     """
 
@@ -62,6 +71,8 @@ class Engram(ChannelMixerConfig):
     head_dim: int
     max_ngram: int = 3
     heads_per_order: int = 8
+    branches: int = 1
+    fused_projection: bool = False
     conv: bool = True
     compress_tokens: bool = True
     pad_token_id: int = 0
@@ -69,24 +80,27 @@ class Engram(ChannelMixerConfig):
     seed: int = 0
     hash_on: Literal["device", "host"] = "device"
     table_on: Literal["device", "host"] = "device"
+    rows_in: Literal["float32", "float8"] = "float32"
     kernel: str | None = None
 
     @classmethod
     def as_in_paper(cls, layer_id: int, layer_ids: tuple[int, ...], **fields: Any) -> "Engram":
         """The layer of Engram-27B: orders 2 and 3, eight heads of width 80 each, with the convolution.
 
-        Engram-40B has rows_per_head = 7,239,680.
+        Engram-40B has rows_per_head = 7,239,680. The model has four residual streams, branches = 4.
         """
         given = {"rows_per_head": 2_262_400, "head_dim": 80, "max_ngram": 3, "heads_per_order": 8, "conv": True}
         return cls(layer_id=layer_id, layer_ids=layer_ids, **{**given, **fields})
 
     @classmethod
     def as_in_v4_1(cls, layer_id: int, layer_ids: tuple[int, ...], **fields: Any) -> "Engram":
-        """The layer of the released DeepSeek-V4.1: orders 2 to 4, eight heads of width 256 each, no convolution.
+        """The layer of the released DeepSeek-V4.1: orders 2 to 4, eight heads of width 256 each, one projection, no convolution.
 
+        Rows are kept in 8 bits. The model has four residual streams, branches = 4.
         n-grams end at their document's start, as always here unless `cross_document` is set.
         """
-        given = {"rows_per_head": 16_000_000, "head_dim": 256, "max_ngram": 4, "heads_per_order": 8, "conv": False}
+        given: dict[str, Any] = {"rows_per_head": 16_000_000, "head_dim": 256, "max_ngram": 4, "heads_per_order": 8}
+        given |= {"fused_projection": True, "conv": False, "rows_in": "float8"}
         return cls(layer_id=layer_id, layer_ids=layer_ids, **{**given, **fields})
 
     @property
@@ -110,6 +124,10 @@ class Engram(ChannelMixerConfig):
         return ngram_tables(self.layer_ids, bases, self.heads_per_order)[self.layer_id]
 
     @property
+    def num_branches(self) -> int:
+        return self.branches
+
+    @property
     def left_context(self) -> int:
         return self.max_ngram - 1 + self._conv_context
 
@@ -118,13 +136,16 @@ class Engram(ChannelMixerConfig):
         return (CONV_WIDTH - 1) * self.max_ngram if self.conv else 0
 
     def problems(self) -> Iterator[Problem]:
-        for name in ("rows_per_head", "head_dim", "heads_per_order"):
+        for name in ("rows_per_head", "head_dim", "heads_per_order", "branches"):
             if getattr(self, name) < 1:
                 yield Problem(name, getattr(self, name), "must be at least 1")
                 return
         for name in ("pad_token_id", "seed"):
             if getattr(self, name) < 0:
                 yield Problem(name, getattr(self, name), "must not be negative")
+        if self.rows_in == "float8" and self.head_dim % GROUP:
+            rule = f"must be a multiple of {GROUP} with rows_in='float8': so many values share a scale"
+            yield Problem("head_dim", self.head_dim, rule, "use such a width, or rows_in='float32'")
         if self.max_ngram < 2:
             yield Problem("max_ngram", self.max_ngram, "must be at least 2")
             return
@@ -143,6 +164,10 @@ class Engram(ChannelMixerConfig):
             ways_out = f"use at most {MOST_ROWS // self.num_tables}"
             yield Problem("rows_per_head", self.rows_per_head, f"{rows}; row ids have 63 bits", ways_out)
 
+    @property
+    def float8_tables(self) -> tuple[str, ...]:
+        return ("table",) if self.rows_in == "float8" else ()
+
     def build(self, info: BuildInfo) -> "EngramMixer":
         return EngramMixer(self, info)
 
@@ -158,10 +183,11 @@ class Engram(ChannelMixerConfig):
         return NgramHash(self.tables, words_N2, token_map_V, self.pad_token_id, self.cross_document)
 
     def flops_per_token(self, d_model: int, seq_len: int) -> float:
-        return 4 * self.d_memory * d_model + (2 * CONV_WIDTH * d_model if self.conv else 0)
+        projections = 2 * self.d_memory * d_model * (self.branches + 1)
+        return projections + (2 * CONV_WIDTH * d_model * self.branches if self.conv else 0)
 
     def state_size(self, d_model: int, seq_len: int) -> int:
-        return self._conv_context * d_model
+        return self._conv_context * d_model * self.branches
 
     def inactive_params(self, d_model: int) -> int:
         return self.head_dim * (_padded(self.tables.num_rows) - self.num_tables)
@@ -177,24 +203,28 @@ class EngramMixer(Mixer):
     def __init__(self, config: Engram, info: BuildInfo):
         self.config = config
         self.tables = config.tables
-        d, s, h = info.d_model, config.num_tables, config.head_dim
+        d, s, h, m = info.d_model, config.num_tables, config.head_dim, config.branches
         own = config.ngram_hash(info)
         self.token_map = None if own.token_map_V is None else _map_buffer(own.token_map_V)
         self.multipliers = buffer(own.words_N2.shape, (None, None), given(own.words_N2, "hash multipliers"), dtype="uint32")
         self.table = param((_padded(self.tables.num_rows), h), ("memory", None), normal(0.02), group="table")
         rows, stream = (("heads", s), ("head_dim", h)), (("embed", d),)
-        self.key = Linear(rows, stream)
-        self.value = Linear(rows, stream, init=fan_in(s * h, scale=info.residual_scale))
-        self.query_norm = RMSNorm(d)
-        self.key_norm = RMSNorm(d)
-        self.conv_norm = RMSNorm(d, eps=1e-5) if config.conv else None
-        self.conv = CausalConv(stream, width=CONV_WIDTH, dilation=config.max_ngram, init=zeros) if config.conv else None
+        keys, fused = (stream if m == 1 else (("branches", m), *stream)), config.fused_projection
+        self.key: Any = None if fused else Linear(rows, keys)
+        self.value: Any = None if fused else Linear(rows, stream, init=fan_in(s * h, scale=info.residual_scale))
+        joined = (("branches", m + 1), *stream)
+        self.projection = Linear(rows, joined, init=_joined(s * h, info.residual_scale)) if fused else None
+        self.query_norm = RMSNorm(d, branches=m)
+        self.key_norm = RMSNorm(d, branches=m)
+        self.conv_norm = RMSNorm(d, eps=1e-5, branches=m) if config.conv else None
+        self.conv = CausalConv(keys, width=CONV_WIDTH, dilation=config.max_ngram, init=zeros) if config.conv else None
 
-    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
-        gated_BTD, aux = self._gated(x_BTD, self._rows_over(ctx), ctx)
+    def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
+        """x and the result are (B, T, D), with several branches (B, T, M, D)."""
+        gated, aux = self._gated(x, self._rows_over(ctx), ctx)
         if self.conv is None or self.conv_norm is None:
-            return gated_BTD, aux
-        return gated_BTD + self.conv(self.conv_norm(gated_BTD), ctx, segment_ids_BT=self._conv_segments(ctx.segment_ids)), aux
+            return gated, aux
+        return gated + self.conv(self.conv_norm(gated), ctx, segment_ids_BT=self._conv_segments(ctx.segment_ids)), aux
 
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
         """Compressed ids of the last max_ngram - 1 tokens (-1 where there is none), their segment, the conv's halo."""
@@ -202,7 +232,7 @@ class EngramMixer(Mixer):
         state = {"ids": ids, "segment": jnp.zeros((batch,), jnp.int32)}
         return state if self.conv is None else {**state, "halo": self.conv.init_state(batch, dtype)}
 
-    def step(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any]:
+    def step(self, x: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any]:
         past = self.config.max_ngram - 1
         keep = resume_segment(state["segment"], ctx.segment_ids) | self.config.cross_document
         ids = jnp.concatenate([state["ids"], self.compressed(ctx.token_ids)], axis=1)
@@ -210,14 +240,14 @@ class EngramMixer(Mixer):
         past_segment = jnp.where(keep, ctx.segment_ids[:, 0], 0)[:, None]
         segments = jnp.concatenate([jnp.broadcast_to(past_segment, state["ids"].shape), ctx.segment_ids], axis=1)
         rows_BTS = jax.tree.map(lambda words: words[:, past:], self.rows(ids, segments))
-        gated_BTD, _ = self._gated(x_BTD, rows_BTS, ctx)
+        gated, _ = self._gated(x, rows_BTS, ctx)
         ends = (segments[:, -past:] == segments[:, -1:]) | self.config.cross_document
         new = {"ids": jnp.where(ends, ids[:, -past:], -1), "segment": ctx.segment_ids[:, -1]}
         if self.conv is None or self.conv_norm is None:
-            return gated_BTD, new
+            return gated, new
         halo = keep_where(keep, state["halo"])
-        mixed, new["halo"] = self.conv.step(self.conv_norm(gated_BTD), self._conv_segments(ctx.segment_ids), halo)
-        return gated_BTD + mixed, new
+        mixed, new["halo"] = self.conv.step(self.conv_norm(gated), self._conv_segments(ctx.segment_ids), halo)
+        return gated + mixed, new
 
     def compressed(self, token_ids_BT: jax.Array) -> jax.Array:
         """Compressed token ids; a negative id is no token and stays negative."""
@@ -256,18 +286,45 @@ class EngramMixer(Mixer):
         rows = ngram_rows(ids_BT, segment_ids_BT, words_N2, self.tables, pad_id=pad_id, cross_document=crossing)
         return WideRows(*rows) if isinstance(rows, tuple) else rows
 
-    def _gated(self, x_BTD, rows_BTS, ctx):
+    def _gated(self, x, rows_BTS, ctx):
+        e_BTSH, aux = self._looked_up(rows_BTS, ctx)
+        e_BTSH = save_point(e_BTSH.astype(x.dtype), "memory_out")
+        key, value_BTD = self._projected(e_BTSH)
+        query, key = self.query_norm(x.astype(jnp.float32)), self.key_norm(key.astype(jnp.float32))
+        score = (query * key).sum(-1, keepdims=True) * x.shape[-1] ** -0.5
+        root = jnp.sign(score) * jnp.sqrt(jnp.maximum(jnp.abs(score), GATE_FLOOR))
+        value = value_BTD if self.config.branches == 1 else value_BTD[..., None, :]
+        return (jax.nn.sigmoid(root) * value).astype(x.dtype), aux
+
+    def _looked_up(self, rows_BTS, ctx):
+        table = self.table[...]
+        if isinstance(table, Rows8):
+            return table.read(rows_BTS), {}
         options = {"return_waiting": True, "implementation": self.config.kernel}
-        e_BTSH, aux = ops.row_lookup(ctx.rules, self.table[...], rows_BTS, **options)
-        e_BTSH = save_point(e_BTSH.astype(x_BTD.dtype), "memory_out")
-        query = self.query_norm(x_BTD.astype(jnp.float32))
-        key = self.key_norm(self.key(e_BTSH).astype(jnp.float32))
-        score_BT1 = (query * key).sum(-1, keepdims=True) * x_BTD.shape[-1] ** -0.5
-        root_BT1 = jnp.sign(score_BT1) * jnp.sqrt(jnp.maximum(jnp.abs(score_BT1), GATE_FLOOR))
-        return (jax.nn.sigmoid(root_BT1) * self.value(e_BTSH)).astype(x_BTD.dtype), aux
+        e_BTSH, aux = ops.row_lookup(ctx.rules, table, rows_BTS, **options)
+        return (rounded(e_BTSH) if self.config.rows_in == "float8" else e_BTSH), aux
+
+    def _projected(self, e_BTSH):
+        """Keys in the shape of the streams, and the value (B, T, D)."""
+        if self.projection is None:
+            return self.key(e_BTSH), self.value(e_BTSH)
+        made = self.projection(e_BTSH)
+        keys = made[..., 0, :] if self.config.branches == 1 else made[..., :-1, :]
+        return keys, made[..., -1, :]
 
     def _conv_segments(self, segment_ids_BT):
         return jnp.ones_like(segment_ids_BT) if self.config.cross_document else segment_ids_BT
+
+
+def _joined(size: int, value_scale: float) -> Init:
+    """Keys and, last, the value, each as it is drawn on its own."""
+
+    def fn(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        drawn = np.float32(size**-0.5) * rng.standard_normal(shape, np.float32)
+        drawn[..., -1, :] *= np.float32(value_scale)
+        return drawn
+
+    return Init(f"normal({size**-0.5:.4g}), the value's times {value_scale:.4g}", fn)
 
 
 def _padded(num_rows: int) -> int:
