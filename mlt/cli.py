@@ -130,25 +130,52 @@ def verify(
 @click.option("--seed", default=0, show_default=True)
 @click.option("--step", type=int, help="Checkpoint to use; the newest by default.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Hold the parameters in this type.")
-def generate(run_dir: Path, prompt: str, tokens: int, temperature: float, seed: int, step: int | None, dtype: str | None) -> None:
+@click.option("--memory", type=click.Path(path_type=Path), help="Run of a memory to put beside it (docs/side_memories.md).")
+@click.option("--share", type=float, help="--memory: its share of the probabilities, in [0, 1].")
+@click.option("--cluster", type=int, help="Leaf of the prompt's document, where the model fetches by clusters; -1 is generic.")
+def generate(
+    run_dir: Path,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    seed: int,
+    step: int | None,
+    dtype: str | None,
+    memory: Path | None,
+    share: float | None,
+    cluster: int | None,
+) -> None:
     """Continue a prompt with a run's newest checkpoint."""
     from mlt.evals.sample import sample_run
 
-    click.echo(sample_run(run_dir, prompt, tokens=tokens, temperature=temperature, seed=seed, step=step, dtype=dtype))
+    options = {"seed": seed, "step": step, "dtype": dtype, "memory": memory, "share": share, "cluster": cluster}
+    click.echo(sample_run(run_dir, prompt, tokens=tokens, temperature=temperature, **options))
 
 
 @cli.command("eval")
 @run_argument
-@click.option("--suite", default="recall", show_default=True, help="What to ask: recall.")
+@click.option("--suite", default="recall", show_default=True, help="What to ask: recall or held-out.")
 @click.option("--rows", default=200, show_default=True, help="Rows of each setting.")
 @click.option("--seed", default=0, show_default=True, help="Of the rows.")
 @click.option("--step", type=int, help="Checkpoint to use; the newest by default.")
 @click.option("--long-mamba", type=int, metavar="TOKENS", help="Extend Mamba layers that were trained on rows of so many tokens.")
-def eval_(run_dir: Path, suite: str, rows: int, seed: int, step: int | None, long_mamba: int | None) -> None:
-    """Ask a run's model what it can do: the suites are in docs/recall.md."""
+@click.option("--memory", type=click.Path(path_type=Path), help="held-out: run of a memory (docs/side_memories.md).")
+@click.option("--share", "shares", type=float, multiple=True, help="held-out: its share of the probabilities; may repeat.")
+def eval_(
+    run_dir: Path,
+    suite: str,
+    rows: int,
+    seed: int,
+    step: int | None,
+    long_mamba: int | None,
+    memory: Path | None,
+    shares: tuple[float, ...],
+) -> None:
+    """Ask a run's model what it can do: the suites are in docs/recall.md, held-out loss with a memory in side_memories.md."""
     from mlt.evals.suites import evaluate_run
 
-    evaluate_run(run_dir, suite, say=click.echo, rows=rows, seed=seed, step=step, long_mamba=long_mamba)
+    options = {"long_mamba": long_mamba, "memory": memory, "shares": shares}
+    evaluate_run(run_dir, suite, say=click.echo, rows=rows, seed=seed, step=step, **options)
 
 
 @cli.command()

@@ -10,6 +10,7 @@ from mlt.model.lm import LM
 from mlt.model.remat import Remat
 from mlt.parallel import ops
 from mlt.parallel.rules import Rules
+from mlt.parallel.sparse_divergence import sparse_divergence
 from mlt.parallel.table import rows_in
 
 Batch = dict[str, jax.Array]
@@ -21,11 +22,36 @@ def context_of(batch: Batch, rules: Rules, *, train: bool) -> Context:
 
 
 def token_losses(
-    model: LM, batch: Batch, rules: Rules, *, dtype: jnp.dtype, remat: Remat, z_loss: float = 0.0, train: bool = False
+    model: LM,
+    batch: Batch,
+    rules: Rules,
+    *,
+    dtype: jnp.dtype,
+    remat: Remat,
+    z_loss: float = 0.0,
+    neighbour_weight: float = 0.0,
+    train: bool = False,
 ) -> tuple[jax.Array, Any]:
     """(weighted loss per token (B, T) float32 in nats, mixers' aux). Logits never exist whole."""
     hidden_BTD, aux = model(context_of(batch, rules, train=train), dtype=dtype, remat=remat)
-    return hidden_losses(model, hidden_BTD, batch, rules, z_loss=z_loss), aux
+    losses_BT = hidden_losses(model, hidden_BTD, batch, rules, z_loss=z_loss)
+    return beside_neighbours(neighbour_weight, losses_BT, aux, model, hidden_BTD, batch, rules)
+
+
+def beside_neighbours(
+    weight: float, losses_BT: jax.Array, aux: Any, model: LM, hidden_BTD: jax.Array, batch: Batch, rules: Rules
+) -> tuple[jax.Array, Any]:
+    """(1 - weight) of the losses and weight KL(p_kNN | p), with both means in the aux; p_kNN comes with the batch
+    (`data/neighbours.py`). Batches without it, as those of evaluations, keep their losses.
+    """
+    if weight == 0 or "neighbours/ids" not in batch:
+        return losses_BT, aux
+    sparse = (batch["neighbours/ids"], batch["neighbours/probabilities"])
+    head = (model.unembedding().astype(hidden_BTD.dtype), model.config.logit_softcap)
+    apart_BT = batch["weights"] * sparse_divergence(rules, *sparse, hidden_BTD, *head)
+    total = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+    facts = {"metric/neighbour_kl": jnp.sum(apart_BT) / total, "metric/cross_entropy": jnp.sum(losses_BT) / total}
+    return (1 - weight) * losses_BT + weight * apart_BT, {**aux, "neighbours": facts}
 
 
 def hidden_losses(model: LM, hidden_BTD: jax.Array, batch: Batch, rules: Rules, *, z_loss: float = 0.0) -> jax.Array:

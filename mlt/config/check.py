@@ -15,6 +15,7 @@ from mlt.parallel import carry, ring
 from mlt.plan.text import ring_shape
 from mlt.train.clusters import cluster_problems
 from mlt.train.hashing import hashing_problems
+from mlt.train.neighbours import neighbour_problems
 from mlt.train.residents import host_table_problems, on_devices
 from mlt.train.teacher import distill_problems
 
@@ -54,6 +55,7 @@ def cross_section_problems(config: RunConfig) -> Iterator[Problem]:
     yield from _tables(config)
     yield from hashing_problems(config)
     yield from cluster_problems(config)
+    yield from neighbour_problems(config)
     yield from distill_problems(config)
 
 

@@ -34,6 +34,7 @@ class TrainConfig(Config):
         check_every_steps: at every so many steps, do the step twice and compare the results bit for bit; None never does.
         guard: what is done about a loss or gradient that is not finite, or a spike.
         distill: the run whose model this one learns from; None learns from the data alone.
+        neighbour_weight: share of KL(p_kNN | p) in the loss, p_kNN being that of `data.neighbours`; None where there is none.
     """
 
     steps: int
@@ -48,6 +49,7 @@ class TrainConfig(Config):
     check_every_steps: int | None = None
     guard: GuardConfig = GuardConfig()
     distill: Distill | None = None
+    neighbour_weight: float | None = None
 
     def problems(self) -> Iterator[Problem]:
         for name in ("steps", "grad_accumulation"):
@@ -57,6 +59,8 @@ class TrainConfig(Config):
             yield Problem("clip_norm", self.clip_norm, "must be positive", "use None to never clip")
         if self.z_loss < 0:
             yield Problem("z_loss", self.z_loss, "must not be negative")
+        if self.neighbour_weight is not None and not 0 < self.neighbour_weight <= 1:
+            yield Problem("neighbour_weight", self.neighbour_weight, "must lie in (0, 1]", "None trains on the data alone")
         if not 0 <= self.seed < 2**32:
             yield Problem("seed", self.seed, "must lie in [0, 2^32)")
         for name in ("start_timeout_seconds", "peer_timeout_seconds", "hang_timeout_seconds", "check_every_steps"):
@@ -115,10 +119,13 @@ class EvalConfig(Config):
     Attributes:
         every_steps: interval; the last step is always evaluated.
         max_rows: rows of the held-out split to read; None reads all of it.
+        generic: measure a second time, with every document reading the generic block in place of those of its cluster (both are
+            reported in arXiv 2510.02375); evaluations take twice as long.
     """
 
     every_steps: int = 500
     max_rows: int | None = None
+    generic: bool = False
 
     def problems(self) -> Iterator[Problem]:
         if self.every_steps < 1:

@@ -1,13 +1,15 @@
 """The data section of a run."""
 
+from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
 from mlt.config.base import Config
-from mlt.config.problems import ConfigError, walk
-from mlt.data.cluster_rows import Clusters
+from mlt.config.problems import ConfigError, Problem, walk
+from mlt.data.cluster_rows import Clusters, DocumentClusters
 from mlt.data.mixture import Mixture, Weighted
+from mlt.data.neighbours import Neighbours
 from mlt.data.sources import Source
 from mlt.data.stdlib_source import PythonStdlib
 from mlt.data.synthetic import SyntheticText
@@ -36,7 +38,8 @@ class DataConfig(Config):
         max_bad_records: records that may be left out, over all sources, because they cannot be read as text; one more
             ends the run.
         cache: where tokenised documents are kept for the next start; None keeps none.
-        clusters: the cluster tree of the documents, for models that fetch weights by it; None has none.
+        clusters: the clusters of the documents, for models that fetch weights by them; None has none.
+        neighbours: distributions of the next token to train on beside it (`train.neighbour_weight`); None has none.
     """
 
     source: Source | Mixture = PythonStdlib()
@@ -52,7 +55,24 @@ class DataConfig(Config):
     prefetch_batches: Annotated[int, Field(ge=0)] = 4
     max_bad_records: Annotated[int, Field(ge=0)] = 0
     cache: TokenCache | None = None
-    clusters: Clusters | None = None
+    clusters: DocumentClusters | None = None
+    neighbours: Neighbours | None = None
+
+    def problems(self) -> Iterable[Problem]:
+        wanted = self.clusters is not None and self.clusters.from_records
+        many = isinstance(self.source, Mixture)
+        for number, part in enumerate(self.parts):
+            source, where = part.source, f"source.parts[{number}].source" if many else "source"
+            if wanted and source.cluster_setting is None:
+                rule = "brings no clusters, and data.clusters takes them from the records"
+                yield Problem(where, type(source).__name__, rule, "place documents by their words: clusters=Clusters(...)")
+            elif wanted and not source.names_clusters:
+                rule = "names no field, and data.clusters takes clusters from the records"
+                yield Problem(f"{where}.{source.cluster_setting}", None, rule, "name the field that holds them")
+            elif source.names_clusters and not wanted:
+                path = f"{where}.{source.cluster_setting}"
+                ways_out = "set data.clusters to RecordClusters(...) of mlt.data.cluster_rows, or leave it None"
+                yield Problem(path, getattr(source, str(source.cluster_setting)), "is read with such clusters alone", ways_out)
 
     @property
     def parts(self) -> tuple[Weighted, ...]:
@@ -75,7 +95,9 @@ class DataConfig(Config):
         Raises:
             ConfigError: all that is missing or not usable; `path` is where this section stands in the config.
         """
-        nodes = [(where, node) for where, node in walk(self, path) if isinstance(node, Source | Tokenizer | Clusters)]
+        nodes = [
+            (where, node) for where, node in walk(self, path) if isinstance(node, Source | Tokenizer | Clusters | Neighbours)
+        ]
         problems = [problem.under(where) for where, node in nodes for problem in node.file_problems()]
         if problems:
             raise ConfigError(problems)

@@ -26,6 +26,7 @@ class TrainingRows:
             _pack(source, config, (config.seed, number), corpus.tokenizer.pad_id) for number, source in enumerate(corpus.sources)
         ]
         self._clusters = row_clusters(config, corpus, "train")
+        self._neighbours = None if config.neighbours is None else config.neighbours.opened(corpus)
 
     def __getitem__(self, row: int) -> Row:
         return {name: values[0] for name, values in self.batch([row]).items()}
@@ -39,12 +40,16 @@ class TrainingRows:
         batch = empty_rows(len(rows), self._sequence_length)
         if self._clusters:
             batch[FIELD] = np.empty_like(batch["tokens"])
+        if self._neighbours is not None:
+            batch |= self._neighbours.empty(len(rows), self._sequence_length)
         for place, row in enumerate(rows):
             source, turn = self._schedule.locate(row)
             try:
                 self._sources[source].write(turn, batch, place)
                 if self._clusters:
                     self._clusters[source].write(batch[FIELD][place], self._sources[source].pieces(turn), turn)
+                if self._neighbours is not None:
+                    self._neighbours.write(batch, place, source, self._sources[source].pieces(turn))
             except UserError:
                 raise
             except Exception as error:

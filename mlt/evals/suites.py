@@ -8,6 +8,7 @@ import numpy as np
 
 from mlt.errors import UserError
 from mlt.evals.long_mamba import LongMamba, calibrate
+from mlt.evals.mixture import held_out
 from mlt.evals.recall import RecallTask, accuracy
 from mlt.parallel.rules import Rules
 from mlt.train.load import load_model
@@ -18,7 +19,18 @@ BATCH_TOKENS = 8192
 Say = Callable[[str], None]
 
 
-def evaluate_run(run_dir: Path, suite: str, *, say: Say, rows: int, seed: int, step: int | None, long_mamba: int | None) -> None:
+def evaluate_run(
+    run_dir: Path,
+    suite: str,
+    *,
+    say: Say,
+    rows: int,
+    seed: int,
+    step: int | None,
+    long_mamba: int | None,
+    memory: Path | None = None,
+    shares: tuple[float, ...] = (),
+) -> None:
     """Print what a suite finds of a run.
 
     Args:
@@ -27,6 +39,7 @@ def evaluate_run(run_dir: Path, suite: str, *, say: Say, rows: int, seed: int, s
         seed: of the rows.
         step: checkpoint to use; None takes the newest.
         long_mamba: extend the Mamba layers of a model that was trained on rows of so many tokens (`long_mamba.py`).
+        memory, shares: with held-out, the run of a memory and its shares of the mixture (`mixture.py`).
 
     Raises:
         UserError: no such suite, run or checkpoint, or an option is out of range.
@@ -35,7 +48,14 @@ def evaluate_run(run_dir: Path, suite: str, *, say: Say, rows: int, seed: int, s
         raise UserError(f"--suite {suite}: there is no such suite; use {' or '.join(SUITES)}")
     if rows < 1:
         raise UserError(f"--rows {rows}: must be at least 1")
-    SUITES[suite](run_dir, say=say, rows=rows, seed=seed, step=step, long_mamba=long_mamba)
+    if suite == "held-out":
+        if long_mamba is not None:
+            raise UserError("--long-mamba: is read with --suite recall alone")
+        held_out(run_dir, say=say, rows=rows, step=step, memory=memory, shares=shares)
+        return
+    if memory is not None or shares:
+        raise UserError("--memory and --share: are read with --suite held-out alone")
+    recall(run_dir, say=say, rows=rows, seed=seed, step=step, long_mamba=long_mamba)
 
 
 def recall(run_dir: Path, *, say: Say, rows: int, seed: int, step: int | None, long_mamba: int | None) -> None:
@@ -65,5 +85,5 @@ def recall(run_dir: Path, *, say: Say, rows: int, seed: int, step: int | None, l
         say(f"{length:>8} {pairs:>6} {share:>9.4f} {error:>6.4f}")
 
 
-SUITES = {"recall": recall}
-"""By the names that `mlt eval --suite` takes."""
+SUITES = ("recall", "held-out")
+"""Names that `mlt eval --suite` takes."""

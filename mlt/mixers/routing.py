@@ -55,10 +55,24 @@ def row_balance(scores_BTE: jax.Array, load_BE: jax.Array, is_token_BT: jax.Arra
     return (_used(load_BE, experts_per_token) * _shares(scores_BTE, is_token_BT) / tokens_B1**2).sum(-1).mean()
 
 
-def global_balance(scores_BTE: jax.Array, load_BE: jax.Array, is_token_BT: jax.Array, experts_per_token: int) -> jax.Array:
-    """The same with use and share over all tokens of the call, whatever their row or device, ()."""
+def global_balance(
+    scores_BTE: jax.Array,
+    load_BE: jax.Array,
+    is_token_BT: jax.Array,
+    experts_per_token: int,
+    load_before_E: jax.Array | None = None,
+) -> jax.Array:
+    """The same with use and share over all tokens of the call, whatever their row or device, ().
+
+    Args:
+        load_before_E: tokens of each expert in earlier calls, which the use is over as well; the share is this call's.
+    """
     tokens = jnp.maximum(is_token_BT.sum(), 1).astype(jnp.float32)
-    return (_used(load_BE.sum(0), experts_per_token) * _shares(scores_BTE, is_token_BT).sum(0) / tokens**2).sum()
+    load_E, counted = load_BE.sum(0), tokens
+    if load_before_E is not None:
+        load_E = load_E + load_before_E
+        counted = jnp.maximum(load_E.sum() / experts_per_token, 1.0)
+    return (_used(load_E, experts_per_token) * _shares(scores_BTE, is_token_BT).sum(0) / (counted * tokens)).sum()
 
 
 def z_term(logits_BTE: jax.Array, is_token_BT: jax.Array) -> jax.Array:

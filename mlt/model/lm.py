@@ -14,7 +14,7 @@ from mlt.mixers.base import BuildInfo, Context
 from mlt.model.block import STREAM
 from mlt.model.edges import edge_problems
 from mlt.model.remat import Remat
-from mlt.model.stack import Stack, StackAux
+from mlt.model.stack import Stack, StackAux, StackModule
 from mlt.nn.embed import Embedding
 from mlt.nn.norm import NormKind, stream_norm
 from mlt.nn.param import fan_in, param
@@ -85,9 +85,13 @@ class LM(nnx.Module):
 
     def __call__(self, ctx: Context, *, dtype: jnp.dtype, remat: Remat) -> tuple[jax.Array, StackAux]:
         """Final hidden states (B, T, D) in `dtype`, and every mixer's aux."""
-        x_BTD = ctx.rules.constrain(self._embedded(ctx, dtype), STREAM)
-        x_BTD, aux = self.stack(x_BTD, ctx, remat)
+        x_BTD, aux = self.stream(ctx, dtype=dtype, remat=remat)
         return self._final(x_BTD), aux
+
+    def stream(self, ctx: Context, *, dtype: jnp.dtype, remat: Remat) -> tuple[jax.Array, StackAux]:
+        """What `__call__` gives, in front of the final norm."""
+        x_BTD = ctx.rules.constrain(self._embedded(ctx, dtype), STREAM)
+        return self.stack(x_BTD, ctx, remat)
 
     def unembedding(self) -> jax.Array:
         """(D, V) matrix that turns hidden states into logits."""
@@ -112,8 +116,15 @@ class LM(nnx.Module):
 
     def updated(self, aux: StackAux) -> "LM":
         """The model with its buffers moved on after an optimizer step."""
+        return self._with(self.stack.updated(aux))
+
+    def within_step(self, aux: StackAux) -> "LM":
+        """The model for the next micro-batch of a step, given the aux summed over those before it."""
+        return self._with(self.stack.within_step(aux))
+
+    def _with(self, stack: StackModule) -> "LM":
         new = jax.tree.map(lambda leaf: leaf, self)
-        new.stack = self.stack.updated(aux)
+        new.stack = stack
         return new
 
     def _embedded(self, ctx: Context, dtype: jnp.dtype) -> jax.Array:

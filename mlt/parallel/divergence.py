@@ -42,7 +42,7 @@ def divergence(rules: Rules, teacher: Head, student: Head, *, temperature: float
             part_BC = jnp.sum(jnp.exp(log_p_BCV) * (log_p_BCV - log_q_BCV), axis=-1)
             return None, jax.lax.psum(part_BC, "tensor") if rules.size("vocab") > 1 else part_BC
 
-        _, parts = jax.lax.scan(jax.checkpoint(chunk, prevent_cse=False), None, (_cut(hidden), _cut(goal)))
+        _, parts = jax.lax.scan(jax.checkpoint(chunk, prevent_cse=False), None, (cut(hidden), cut(goal)))
         return parts.swapaxes(0, 1).reshape(hidden.shape[0], -1)[:, : hidden.shape[1]]
 
     goals = jax.lax.stop_gradient(teacher[:2])
@@ -50,8 +50,8 @@ def divergence(rules: Rules, teacher: Head, student: Head, *, temperature: float
     return local(run, rules, inputs, TOKENS)(student[0], student[1], *goals)
 
 
-def _cut(x_BTD: jax.Array) -> jax.Array:
-    """(B, T, D) to (J, B, C, D), padded with 0."""
+def cut(x_BTD: jax.Array) -> jax.Array:
+    """(B, T, D) to (J, B, C, D): J chunks of at most 512 positions, padded with 0."""
     B, T, D = x_BTD.shape
     J = max(1, -(-T // CHUNK))
     C = -(-T // J)

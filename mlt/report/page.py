@@ -24,7 +24,7 @@ _SMALL_PLOTS = 60
 _LOSS_INCHES, _SMALL_INCHES = (9.75, 6.3), (3.15, 1.9)
 _MAIN_METRICS = (
     *("train/loss", "train/learning_rate", "train/grad_norm", "train/tokens"),
-    *("eval/loss", "eval/bits_per_byte", "eval/tokens"),
+    *("eval/loss", "eval/bits_per_byte", "eval/tokens", "eval/generic_loss"),
     *("throughput/tokens_per_second", "throughput/step_seconds", "data/wait_seconds"),
     *("throughput/mfu", "throughput/goodput", "memory/peak_bytes", "memory/program_bytes"),
 )
@@ -159,6 +159,8 @@ def _not_finite(history: History) -> dict[str, np.ndarray]:
 def _curves(history: History) -> str:
     resumes = [int(start["step"]) for start in history.starts[1:]]
     loss = [Line("train", history.get("train/loss")), Line("held out", history.get("eval/loss"), marked=True)]
+    generic = history.get("eval/generic_loss")
+    loss += [Line("held out, generic block", generic, marked=True)] if len(generic) else []
     rest = (
         ("Bits per byte, held out", "", Line("eval", history.get("eval/bits_per_byte"), marked=True), False),
         ("Throughput", "tokens/s", Line("tokens/s", history.get("throughput/tokens_per_second")), True),

@@ -56,8 +56,9 @@ def evaluate(
     if result is None:
         return True
     sinks.log(step, result.metrics())
+    generic = "" if result.generic is None else f", {result.generic.loss:.3f} with the generic block"
     services.console.say(
-        f"step {step}: held-out loss {result.loss:.3f}, {result.bits_per_byte:.3f} bits per byte "
+        f"step {step}: held-out loss {result.loss:.3f}{generic}, {result.bits_per_byte:.3f} bits per byte "
         f"({result.tokens:,} tokens, {evaluator.num_bytes:,} bytes)"
     )
     if services.config.sample.at_evaluations and step < services.config.train.steps:

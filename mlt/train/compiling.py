@@ -7,6 +7,7 @@ from typing import Any
 from mlt.train.background import Task, Worker
 from mlt.train.clusters import cluster_fields
 from mlt.train.evaluate import Evaluator
+from mlt.train.neighbours import neighbour_fields
 from mlt.train.services import Services
 from mlt.train.state import TrainState, abstract_batch
 from mlt.train.step import jit_train_step
@@ -30,7 +31,7 @@ class Compiler:
         started = time.perf_counter()
         services.console.say("compiling the train step ...")
         services.watchdog.progress("the compilation of the train step")
-        fields = {**cluster_fields(setup.config), **setup.hashes.fields()}
+        fields = {**cluster_fields(setup.config), **neighbour_fields(setup.config), **setup.hashes.fields()}
         batch = abstract_batch(setup.rules, data.batch_size, data.sequence_length, fields)
         step = jit_train_step(abstract, setup.optimizer, setup.options)
         with services.goodput.during("compile"):

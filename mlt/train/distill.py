@@ -21,7 +21,7 @@ from flax import nnx
 
 from mlt.config.base import Config
 from mlt.config.problems import Problem
-from mlt.loss import Batch, context_of, hidden_losses
+from mlt.loss import Batch, beside_neighbours, context_of, hidden_losses
 from mlt.mixers.base import Aux, Context, Mixer, MixerConfig, SequenceMixerConfig
 from mlt.model.edges import PARTS
 from mlt.model.lm import LM, LMConfig
@@ -38,6 +38,7 @@ class Distill(Config):
 
     A new run takes every parameter of `start` that it has under the same name and in the same shape, and draws the others.
     Parameters that are not `trained` keep their bits: they have no gradient, no decay and no optimizer state.
+    With `layers`, those of layers are taken from the layers that it names, and the others by name.
 
     Attributes:
         teacher: run directory of the teacher, with the student's tokenizer and vocabulary.
@@ -46,6 +47,8 @@ class Distill(Config):
         weight: share of the teacher's term in the loss, with `logits`.
         temperature: divides both models' logits, with `logits`.
         start: run directory whose newest checkpoint the student starts from; None starts from the teacher's.
+        layers: for each layer of this model, in depth order, the number of the layer that it starts from; -1 draws it. Inside
+            a layer names decide. None takes layers by name as everything else.
         trained: patterns of parameter names, as in a shell; `mlt check CONFIG --params` lists the names.
     """
 
@@ -55,6 +58,7 @@ class Distill(Config):
     weight: float = 1.0
     temperature: float = 1.0
     start: str | None = None
+    layers: tuple[int, ...] | None = None
     trained: tuple[str, ...] = ("*",)
 
     def problems(self) -> Iterator[Problem]:
@@ -106,6 +110,10 @@ def frozen(specs: LM, distill: Distill) -> LM:
 def matched_layers(student: LMConfig, teacher: LMConfig) -> tuple[list[tuple[str, int, int]], list[Problem]]:
     """(part, block, sub-layer) of the mixers whose outputs are compared, and why they cannot be, with paths in the model."""
     layers, problems = [], []
+    if student.stack.hyper_connections != teacher.stack.hyper_connections:
+        rule = f"is not the teacher's, {teacher.stack.hyper_connections!r}, whose streams both run on"
+        own = student.stack.hyper_connections
+        problems.append(Problem("stack.hyper_connections", own, rule, "make them equal, or match logits"))
     for part in PARTS:
         ours, theirs = getattr(student.stack, part), getattr(teacher.stack, part)
         path, sizes = f"stack.{part}", [(len(s), t) for s, t in ((ours, student), (theirs, teacher))]
@@ -157,17 +165,28 @@ class Matched(Mixer):
 
 
 def distilled_losses(
-    teacher: Teacher, student: LM, batch: Batch, rules: Rules, *, dtype: Any, remat: Remat, z_loss: float, train: bool
+    teacher: Teacher,
+    student: LM,
+    batch: Batch,
+    rules: Rules,
+    *,
+    dtype: Any,
+    remat: Remat,
+    z_loss: float,
+    train: bool,
+    neighbour_weight: float = 0.0,
 ) -> tuple[jax.Array, Any]:
     """(weighted loss per token (B, T) float32, aux): what `mlt.loss.token_losses` is without a teacher.
 
     With `outputs` the aux has nothing for the student's buffers, which then stay as they are.
     """
-    run = _output_losses if teacher.distill.match == "outputs" else _logit_losses
-    return run(teacher, student, batch, rules, dtype=dtype, remat=remat, z_loss=z_loss, train=train)
+    options = {"dtype": dtype, "remat": remat, "train": train}
+    if teacher.distill.match == "outputs":
+        return _output_losses(teacher, student, batch, rules, **options)
+    return _logit_losses(teacher, student, batch, rules, z_loss=z_loss, neighbour_weight=neighbour_weight, **options)
 
 
-def _output_losses(teacher, student, batch, rules, *, dtype, remat, z_loss, train):
+def _output_losses(teacher, student, batch, rules, *, dtype, remat, train):
     both: Any = jax.tree.map(lambda leaf: leaf, teacher.model)
     layers, _ = matched_layers(student.config, both.config)
     for part, i, j in layers:
@@ -179,12 +198,12 @@ def _output_losses(teacher, student, batch, rules, *, dtype, remat, z_loss, trai
     return error_BT * batch["weights"], {part: [] for part in PARTS}
 
 
-def _logit_losses(teacher, student, batch, rules, *, dtype, remat, z_loss, train):
+def _logit_losses(teacher, student, batch, rules, *, dtype, remat, z_loss, neighbour_weight, train):
     distill, weights_BT, ctx = teacher.distill, batch["weights"], context_of(batch, rules, train=train)
     hidden_BTD, aux = student(ctx, dtype=dtype, remat=remat)
     losses_BT = hidden_losses(student, hidden_BTD, batch, rules, z_loss=z_loss)
     if teacher.model is None:
-        return losses_BT, aux
+        return beside_neighbours(neighbour_weight, losses_BT, aux, student, hidden_BTD, batch, rules)
     goal_BTD = jax.lax.stop_gradient(teacher.model(ctx, dtype=dtype, remat=remat)[0])
     heads = [
         (hidden, model.unembedding().astype(dtype), model.config.logit_softcap)
@@ -206,6 +225,11 @@ def moved(model: LM, aux: Any, teacher: Teacher | None) -> LM:
     trains = teacher.distill.trains
     choose = lambda path, old, new: new if trains(path_name(path)) else old  # noqa: E731
     return jax.tree_util.tree_map_with_path(choose, model, model.updated(aux))
+
+
+def within_step(model: LM, aux: Any, teacher: Teacher | None) -> LM:
+    """The model for the next micro-batch of a step; as it is with `outputs`, where aux has nothing of its layers."""
+    return model if teacher is not None and teacher.distill.match == "outputs" else model.within_step(aux)
 
 
 class Taught:

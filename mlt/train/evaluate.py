@@ -3,13 +3,15 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
+from mlt.data.cluster_rows import FIELD, GENERIC
 from mlt.data.loader import validation_batches
+from mlt.data.rows import Batch
 from mlt.model.lm import LM
 from mlt.train.clusters import cluster_fields
 from mlt.train.feed import Feed
@@ -25,14 +27,19 @@ class EvalResult:
     loss: mean nats per target token.
     bits_per_byte: total bits over the bytes of text that the targets stand for.
     tokens: targets counted.
+    generic: the same tokens, all documents reading the generic block; None where that is not asked for.
     """
 
     loss: float
     bits_per_byte: float
     tokens: int
+    generic: "EvalResult | None" = None
 
     def metrics(self) -> dict[str, float]:
-        return {"eval/loss": self.loss, "eval/bits_per_byte": self.bits_per_byte, "eval/tokens": self.tokens}
+        found = {"eval/loss": self.loss, "eval/bits_per_byte": self.bits_per_byte, "eval/tokens": self.tokens}
+        if self.generic is None:
+            return found
+        return found | {"eval/generic_loss": self.generic.loss, "eval/generic_bits_per_byte": self.generic.bits_per_byte}
 
 
 _IN_FLIGHT = 2  # batches handed to the devices ahead of the one that is waited for
@@ -48,12 +55,14 @@ class Evaluator:
     def __init__(self, setup: Setup):
         config = setup.config
         data, max_rows = config.data, config.evaluation.max_rows
+        self._generic = config.evaluation.generic
         self.feed = Feed(setup.rules, data.batch_size, data.sequence_length)
         # Rows of tables in host memory come with the batch; others are found by the program.
         self.tables, self._hashes = HostTables([], setup.rules), setup.hashes if setup.hashes.on_host else None
         fields = {**cluster_fields(config), **({} if self._hashes is None else self._hashes.fields())}
         self.shapes = abstract_batch(setup.rules, data.batch_size, data.sequence_length, fields)
-        self.batches = list(validation_batches(data, setup.corpus, max_rows=max_rows, places=self.feed.places))
+        places = setup.hashes.reads or self.feed.places
+        self.batches = list(validation_batches(data, setup.corpus, max_rows=max_rows, places=places))
         token_bytes = setup.corpus.tokenizer.token_bytes()
         whole = validation_batches(data, setup.corpus, max_rows=max_rows)
         self.num_bytes = sum(int((token_bytes[batch["targets"]] * (batch["weights"] > 0)).sum()) for batch in whole)
@@ -68,8 +77,15 @@ class Evaluator:
         """None where no documents are held out. `between` is called after every batch; what it raises ends the evaluation."""
         if not self.batches:
             return None
+        found = self._over(self.batches, model, between)
+        if not self._generic:
+            return found
+        generic = ({**batch, FIELD: np.full_like(batch[FIELD], GENERIC)} for batch in self.batches)
+        return dataclasses.replace(found, generic=self._over(generic, model, between))
+
+    def _over(self, batches: Iterable[Batch], model: LM, between: Callable[[], None]) -> EvalResult:
         sums = []
-        for batch in self.batches:
+        for batch in batches:
             held, fed = self.tables.enter_evaluation(model, batch if self._hashes is None else self._hashes(batch))
             sums.append(self.step(held, self.feed(fed)))
             jax.block_until_ready(sums[: -1 - _IN_FLIGHT][-1:])

@@ -26,11 +26,16 @@ def draw_text(
     temperature: float,
     key: jax.Array,
     tree: ClusterTree | None = None,
+    cluster: int | None = None,
+    memory: LM | None = None,
+    share: float = 0.0,
 ) -> str:
     """What the model says after a prompt that starts a document; the prompt is not repeated.
 
     Args:
         tree: the run's clusters, for models that read them: the prompt has the cluster of its own words.
+        cluster: leaf of the prompt in place of that.
+        memory, share: as for `generate`.
     """
     tokenizer = config.data.tokenizer
     ids = np.array([tokenizer.bos_id, *tokenizer.encode(prompt)], np.int32)
@@ -44,7 +49,9 @@ def draw_text(
         dtype=np.dtype(jax.numpy.dtype(config.train.compute_dtype)),
         drawable_V=_drawable(tokenizer),
         end_id=tokenizer.eos_id,
-        cluster=cluster_of(tree, ids),
+        cluster=cluster_of(tree, ids) if cluster is None else cluster,
+        memory=memory,
+        share=share,
     )
     return tokenizer.decode(drawn)
 

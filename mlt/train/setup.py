@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -13,9 +14,10 @@ from mlt.model.lm import LM
 from mlt.nn.param import partition
 from mlt.parallel.rules import Rules
 from mlt.train.distill import frozen
+from mlt.train.feed import Feed
 from mlt.train.hashing import HostHashes
 from mlt.train.host_tables import HostTables
-from mlt.train.residents import on_devices, residents
+from mlt.train.residents import Resident, num_hosts, on_devices, on_host, residents
 from mlt.train.state import TrainState, create_state
 from mlt.train.step import StepOptions
 from mlt.train.teacher import load_teacher, start_arrays
@@ -53,17 +55,26 @@ class Setup:
     @functools.cached_property
     def hashes(self) -> HostHashes:
         """What the loader's threads add to each training batch."""
-        return HostHashes(self.config)
+        away, data = self.residents, self.config.data
+        several = bool(away) and jax.process_count() > 1
+        keep = Feed(self.rules, data.batch_size, data.sequence_length).places if several else None
+        return HostHashes(self.config, away, keep)
+
+    @functools.cached_property
+    def residents(self) -> list[Resident]:
+        """The tables that lie in host memory."""
+        if not on_host(self.config):
+            return []
+        return residents(self.config, describe_model(self.config), num_hosts(self.config, self.rules))
 
     @property
     def whole_specs(self) -> LM:
         """The described model with every table whole, those in host memory too."""
-        return describe_model(self.config) if self.hashes.on_host else self.specs
+        return describe_model(self.config) if self.residents else self.specs
 
     def host_tables(self) -> HostTables:
         """The tables that lie in host memory, still empty."""
-        found = residents(self.config, self.whole_specs) if self.hashes.on_host else []
-        return HostTables(found, self.rules, self.config.train.seed)
+        return HostTables(self.residents, self.rules, self.config.train.seed)
 
     def fresh_state(self) -> TrainState:
         """The state before the first step: drawn, or where the model is distilled, taken from the run it starts from."""
@@ -79,6 +90,7 @@ def step_options(config: RunConfig, rules: Rules, specs: LM) -> StepOptions:
         grad_accumulation=config.train.grad_accumulation,
         clip_norm=config.train.clip_norm,
         z_loss=config.train.z_loss,
+        neighbour_weight=config.train.neighbour_weight or 0.0,
         gradient_places=rules.gradient_shardings(partition(specs)[0]),
         guard=config.train.guard,
     )
@@ -101,8 +113,10 @@ def prepare(config: RunConfig, rules: Rules, stop: Callable[[], object] | None =
         UserError: the data cannot be read, or the model does not fit the mesh.
         WaitStopped: `stop()` became true while the corpus was read.
     """
-    specs = on_devices(config, describe_model(config))
+    specs = on_devices(config, describe_model(config), num_hosts(config, rules))
     rules.param_shardings(specs)
     corpus = load_corpus(config.data, stop=stop)
+    if config.data.neighbours is not None:
+        config.data.neighbours.opened(corpus)  # refused here where they are those of other documents
     options = dataclasses.replace(step_options(config, rules, specs), teacher=load_teacher(config, rules))
     return Setup(config, rules, corpus, specs, build_optimizer(config, specs), options)

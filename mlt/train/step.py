@@ -15,7 +15,7 @@ from mlt.nn.param import merge, partition
 from mlt.optim.table import apply_updates, gradient_norm, rows_only_if, scaled, without
 from mlt.parallel.rules import Rules
 from mlt.train import sparse
-from mlt.train.distill import Taught, Teacher, distilled_losses, moved
+from mlt.train.distill import Taught, Teacher, distilled_losses, moved, within_step
 from mlt.train.guard import GuardConfig, choose, judge
 from mlt.train.router_load import load_metrics
 from mlt.train.state import TrainState
@@ -32,6 +32,7 @@ class StepOptions:
         grad_accumulation: micro-batches per step.
         clip_norm: global gradient norm above which gradients are scaled down; None never clips.
         z_loss: weight of the squared log-partition.
+        neighbour_weight: share of the divergence from the batch's neighbours in the loss.
         gradient_places: shardings of the gradients where they differ from the parameters' (`mesh.zero = 2`).
         guard: which updates are left out.
         teacher: what the model learns from beside the data; its arrays are given to the step as an argument.
@@ -43,6 +44,7 @@ class StepOptions:
     grad_accumulation: int = 1
     clip_norm: float | None = 1.0
     z_loss: float = 0.0
+    neighbour_weight: float = 0.0
     gradient_places: Any = None
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
     teacher: Teacher | None = None
@@ -59,21 +61,25 @@ def train_step(
     """One optimizer update on a global batch; (new state, float32 scalars to log).
 
     The loss is the weighted sum over the batch's tokens divided by the batch's total weight, however the batch is
-    split into micro-batches, so ragged micro-batches do not bias it. Where the guard refuses the loss or the gradient, the
+    split into micro-batches, so ragged micro-batches do not bias it. Losses of mixers are means over micro-batches, each of
+    which may know the counts of those before it (`Mixer.within_step`). Where the guard refuses the loss or the gradient, the
     step counts but nothing moves: parameters, buffers and optimizer state, its own count included, keep their bits.
     """
     trained, buffers = partition(state.model)
     total_weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     losses_of = token_losses if teacher is None else functools.partial(distilled_losses, teacher)
 
-    def objective(trained: LM, micro: Batch) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+    def objective(trained: LM, given: tuple[Batch, Any]) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        micro, before = given
+        model = merge(trained, buffers)
         losses, aux = losses_of(
-            merge(trained, buffers),
+            model if before is None else within_step(model, before, teacher),
             micro,
             options.rules,
             dtype=options.dtype,
             remat=options.remat,
             z_loss=options.z_loss,
+            neighbour_weight=options.neighbour_weight,
             train=True,
         )
         loss = jnp.sum(losses) / total_weight
@@ -84,11 +90,11 @@ def train_step(
     gradient = sparse.gradient(objective, lazy)
     micro_batches = options.grad_accumulation > 1
     run = functools.partial(_accumulate, gradient, options=options) if micro_batches else gradient
-    loss, aux, grads, records = run(trained, batch)
+    loss, aux, grads, records = run(trained, batch if micro_batches else (batch, None))
 
     if options.gradient_places is not None:
         grads = jax.lax.with_sharding_constraint(grads, without(options.gradient_places, lazy))
-    grads = sparse.with_rows(grads, records, trained, options.rules, micro_batches=micro_batches)
+    grads = sparse.with_rows(grads, records, trained, options.rules)
     norm = gradient_norm(grads)
     if options.clip_norm is not None:
         grads = scaled(grads, jnp.minimum(1.0, options.clip_norm / (norm + 1e-6)))
@@ -127,12 +133,13 @@ def _accumulate(gradient, trained, batch, options):
         return options.rules.constrain(parts, (None, "batch", "seq"))
 
     def body(total: Any, micro: Batch) -> tuple[Any, sparse.Records]:
-        *sums, records = gradient(trained, micro)
+        _, aux, _ = total
+        *sums, records = gradient(trained, (micro, aux))
         return jax.tree.map(jnp.add, total, sums), records
 
     micro_batches = jax.tree.map(split, batch)
     one = jax.tree.map(lambda x: x[0], micro_batches)
-    *shapes, _ = jax.eval_shape(lambda m: gradient(trained, m), one)
+    *shapes, _ = jax.eval_shape(lambda m: gradient(trained, (m, None)), one)
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     (loss, aux, grads), records = jax.lax.scan(body, start, micro_batches)
     return loss, _average_metrics(aux, count), grads, records

@@ -17,6 +17,7 @@ from mlt.nn.param import named_leaves, path_name
 from mlt.parallel.rules import Rules
 from mlt.run_paths import RunPaths
 from mlt.train.distill import Distill, Teacher, frozen, matched_layers
+from mlt.train.layer_starts import layer_problems, of_layers
 
 
 def distill_problems(config: RunConfig) -> Iterator[Problem]:
@@ -40,6 +41,8 @@ def distill_problems(config: RunConfig) -> Iterator[Problem]:
             yield problem
         elif start is not None and not committed_steps(RunPaths(distill.start).checkpoints_path):
             yield Problem("train.distill.start", distill.start, "has no checkpoint", "train it first")
+    if distill.layers is not None:
+        yield from _layer_problems(distill, config, teacher)
     names = [name for name, spec in named_leaves(config.model.build(config.data.tokenizer.token_strings())) if spec.trainable]
     if teacher is not None and distill.match == "outputs":
         yield from _idle_problems(distill, names, matched_layers(config.model, teacher.model)[0])
@@ -47,6 +50,14 @@ def distill_problems(config: RunConfig) -> Iterator[Problem]:
         if not any(distill.replace(trained=(pattern,)).trains(name) for name in names):
             ways_out = "mlt check CONFIG --params lists the names"
             yield Problem(f"train.distill.trained[{i}]", pattern, "matches no parameter", ways_out)
+
+
+def _layer_problems(distill: Distill, config: RunConfig, teacher: RunConfig | None) -> Iterator[Problem]:
+    first = teacher
+    if distill.start is not None:
+        first, _ = _config_of(distill.start, "start", config)
+    if first is not None:
+        yield from (problem.under("train.distill") for problem in layer_problems(distill, config.model.stack, first.model.stack))
 
 
 def _idle_problems(distill: Distill, names: list[str], layers: list[tuple[str, int, int]]) -> Iterator[Problem]:
@@ -113,7 +124,10 @@ def start_arrays(config: RunConfig, specs: LM, rules: Rules) -> dict[str, jax.Ar
     places = dict(zip((name for name, _ in named_leaves(specs)), jax.tree.leaves(rules.param_shardings(specs)), strict=True))
     wanted = {name: (spec.shape, spec.dtype, places[name]) for name, spec in named_leaves(specs)}
     run_dir, step = (distill.teacher, distill.step) if distill.start is None else (distill.start, None)
-    found = dict(named_leaves(_restored(run_dir, step, rules, wanted)))
+    other = _restored(run_dir, step, rules, wanted)
+    found = dict(named_leaves(other))
+    if distill.layers is not None:
+        found = of_layers(distill.layers, specs, other, places)
     taken = {name: found[name] for name, (shape, dtype, _) in wanted.items() if _fits(found.get(name), shape, dtype)}
     if not taken:
         raise UserError(f"train.distill: {run_dir} has no parameter of a name and shape that the model has to start from")

@@ -101,10 +101,10 @@ def distance(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def rows_for(config: RunConfig, layout: Layout, seed: int) -> dict[str, np.ndarray]:
-    """Packed rows that the layout can split: at least two, and as many as it has batch shards."""
+    """Packed rows that the layout can split: at least two a micro-batch, and as many as it has batch shards."""
     pieces = 2 * layout.context
     length = max(min(config.data.sequence_length, MAX_TOKENS) // pieces, 1) * pieces
-    rows = layout.batch_shards * (2 if layout.batch_shards == 1 else 1)
+    rows = layout.batch_shards * (2 if layout.batch_shards == 1 else 1) * config.train.grad_accumulation
     ids = config.data.tokenizer.vocab_size
     clusters = clusters_of(config.model.stack)
     return packed_rows(np.random.default_rng(seed), rows=rows, length=length, num_ids=ids, **clusters)

@@ -1,6 +1,6 @@
 """Mixers side by side in one sub-layer: parallel attention and SSM heads as in Falcon-H1 (arXiv 2507.22448)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -103,10 +103,16 @@ class ParallelMixer(Mixer):
         return self._sum(list(outputs)), list(states), {name: value for each in published for name, value in each.items()}
 
     def updated(self, aux: Aux) -> "ParallelMixer":
+        return self._each(aux, lambda mixer, own: mixer.updated(own))
+
+    def within_step(self, aux: Aux) -> "ParallelMixer":
+        return self._each(aux, lambda mixer, own: mixer.within_step(own))
+
+    def _each(self, aux: Aux, change: Callable[[Mixer, Aux], Mixer]) -> "ParallelMixer":
         new = jax.tree.map(lambda leaf: leaf, self)
         for number, mixer in enumerate(new.mixers):
             end = f"/{number}"
-            new.mixers[number] = mixer.updated({name.removesuffix(end): v for name, v in aux.items() if name.endswith(end)})
+            new.mixers[number] = change(mixer, {name.removesuffix(end): v for name, v in aux.items() if name.endswith(end)})
         return new
 
     def _input(self, x_BTD, number):

@@ -1,7 +1,6 @@
 """A student that learns from another run: its loss to the teacher falls, and nothing moves but what is to be trained."""
 
 import dataclasses
-import functools
 import os
 
 import jax
@@ -41,7 +40,6 @@ from mlt.train.teacher import load_teacher
 from mlt.verify.material import lively, packed_rows
 
 MAPS = ("*.mixer.query_map.kernel", "*.mixer.key_map.kernel", "*.mixer.decay.kernel", "*.mixer.sinks", "*.mixer.alpha")
-QUICK_COMPILE = {"xla_backend_optimization_level": 0}
 HEADS = {"num_heads": 2, "head_dim": 8}
 
 
@@ -137,7 +135,7 @@ def test_logits_are_matched_beside_the_data(models):
     options = {"dtype": jnp.dtype("float32"), "remat": Remat(mode="none"), "train": True}
     distill = Distill(teacher="t", match="logits", weight=0.75, temperature=2.0)
 
-    @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+    @jax.jit
     def losses(teacher, student):
         own, _ = token_losses(student, batch, Rules(None), **options)
         mixed, aux = distilled_losses(Teacher(teacher, distill), student, batch, Rules(None), z_loss=0.0, **options)
@@ -166,7 +164,7 @@ def test_the_divergence_and_its_gradient_on_one_device_and_on_eight():
             apart = divergence(rules, (goal, goal_head, 3.0), (hidden, head, None), temperature=2.0)
             return jnp.sum(apart * cotangent), apart
 
-        return jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True), compiler_options=QUICK_COMPILE)(hidden, head)
+        return jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(hidden, head)
 
     log_p = log_softmax(3 * np.tanh(goal.astype(np.float64) @ goal_head / 3) / 2)
     log_q = log_softmax(hidden.astype(np.float64) @ head / 2)

@@ -5,12 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from mlt_kernels.testing import assert_same_bits
 
 from mlt.checkpoint.save import Checkpointer
 from mlt.config.check import cross_section_problems
 from mlt.config.load import load_config
+from mlt.loss import context_of
 from mlt.mixers.channel.moe import MoE
 from mlt.mixers.channel.swiglu import SwiGLU
 from mlt.mixers.sequence.attention import Attention
@@ -19,7 +21,7 @@ from mlt.model.block import Block
 from mlt.model.lm import LMConfig
 from mlt.model.remat import Remat
 from mlt.model.stack import Stack
-from mlt.nn.param import partition
+from mlt.nn.param import merge, named_leaves, partition
 from mlt.optim.adamw import AdamW
 from mlt.optim.schedule import WarmupCosine
 from mlt.parallel.mesh import Layout
@@ -69,7 +71,7 @@ def run():
     batch = packed_rows(np.random.default_rng(0), rows=2, length=24, num_ids=16)
     step = functools.partial(train_step, batch=batch, optimizer=optimizer, options=options)
     first = create_state(specs, optimizer, rules, 0)
-    compiled = jax.jit(step).lower(first).compile({"xla_backend_optimization_level": 0})
+    compiled = jax.jit(step).lower(first).compile()
     second, metrics = compiled(first)
     return specs, optimizer, compiled, (first, second, compiled(second)[0]), metrics
 
@@ -104,6 +106,55 @@ def test_biases_are_saved_and_restored_to_the_bit(run, tmp_path, layout):
     assert bias(found).any()
     if layout == Layout():
         assert_same_bits(step(found)[0], third)
+
+
+def test_the_global_balance_loss_counts_on_over_micro_batches():
+    """Its gradient against the loss written out: a micro-batch's shares, times the experts' use up to it."""
+    count, experts = 2, MoE(num_experts=4, num_experts_per_token=2, d_ff=8, global_balance_loss=0.5)
+    specs = LMConfig(d_model=8, vocab_size=16, stack=Stack(period=(Block(mixers=(experts,)),), repeats=2)).build(None)
+    rules, dtype = Layout().rules(jax.devices()[:1]), jnp.dtype("float32")
+    options = StepOptions(rules=rules, remat=Remat(mode="none"), dtype=dtype, grad_accumulation=count, clip_norm=None)
+    batch = packed_rows(np.random.default_rng(0), rows=2 * count, length=24, num_ids=16)
+    batch["weights"] = np.zeros_like(batch["weights"])  # the balance loss alone
+
+    def written_out(trained, buffers):
+        model, used, balance = merge(trained, buffers), [0.0, 0.0], [0.0, 0.0]
+        (period,) = model.stack.period
+        for first in range(count):
+            micro = {name: jnp.asarray(values[first::count]) for name, values in batch.items()}
+            ctx = context_of(micro, rules, train=True)
+            x_BTD = model.embed.table[...][micro["tokens"]]
+            for depth in range(2):
+                (layer,) = jax.tree.map(lambda x, depth=depth: x[depth], period).sub_layers
+                normed_BTD = layer.norm(x_BTD)
+                scores_BTE = jax.nn.sigmoid(normed_BTD @ layer.mixer.router[...])
+                chosen = jax.nn.one_hot(jax.lax.top_k(scores_BTE, 2)[1], 4).sum(-2) * ctx.is_token[..., None]
+                used[depth] += chosen.sum((0, 1))
+                shares_BTE = scores_BTE / scores_BTE.sum(-1, keepdims=True) * ctx.is_token[..., None]
+                share_E = shares_BTE.sum((0, 1)) / ctx.is_token.sum()
+                balance[depth] += 0.5 * jnp.sum(used[depth] / used[depth].sum() * 4 * share_E) / count
+                x_BTD = x_BTD + layer.mixer(normed_BTD, ctx)[0]
+        return sum(balance)
+
+    state = create_state(specs, optax.sgd(1.0), rules, 0)
+    trained, buffers = partition(state.model)
+    fast = jax.jit
+    balance, wanted = fast(jax.value_and_grad(written_out))(trained, buffers)
+    new, metrics = fast(functools.partial(train_step, optimizer=optax.sgd(1.0), options=options))(state, batch)
+    assert float(metrics["aux/global_balance"]) == pytest.approx(float(balance) / 2, rel=1e-5)
+    assert jax.tree.structure(new.model) == jax.tree.structure(state.model)
+    for (name, want), (_, old), (_, left) in zip(*map(named_leaves, (wanted, trained, partition(new.model)[0])), strict=True):
+        np.testing.assert_allclose(old - left, want, atol=1e-6, rtol=1e-5, err_msg=name)
+    assert float(jnp.abs(wanted.stack.period[0].sub_layers[0].mixer.router[...]).max()) > 1e-3
+
+
+def test_mixers_side_by_side_count_on_each_by_itself():
+    loads, experts = [jnp.arange(4), jnp.arange(4) + 4], EXPERTS.replace(global_balance_loss=0.1)
+    both, info = Parallel(mixers=(experts, SwiGLU(d_ff=8), experts, EXPERTS)), Parallel.example()[1]
+    aux = {"count/load/0": loads[0], "count/load/2": loads[1], "count/load/3": loads[0], "metric/router_logit/2": jnp.zeros(())}
+    counting = both.build(info).within_step(aux).mixers
+    assert [counting[place].load_before[...].tolist() for place in (0, 2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert counting[3].load_before is None
 
 
 @pytest.mark.parametrize("shards", [3, 16])
