@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compile_options import FUSED
 
 from mlt.mixers.base import BuildInfo, Context
 from mlt.mixers.sequence.gated_delta import GatedDelta
@@ -46,7 +47,7 @@ def sent(config, length: int, *, gradient: bool, **strategies):
 
     if gradient:
         run = jax.grad(lambda x, ctx, run=run: jnp.sum(run(x, ctx) ** 2))
-    return collectives(jax.jit(run).lower(x, ctx).compile().as_text())
+    return collectives(jax.jit(run).lower(x, ctx).compile(FUSED).as_text())
 
 
 @pytest.mark.parametrize("exchange", carry.EXCHANGES)

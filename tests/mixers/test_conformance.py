@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compile_options import AS_USERS_DO
 
 import mlt.mixers
 from mlt.loss import context_of
@@ -28,7 +29,6 @@ from mlt.verify.material import clusters_of, described, lively, packed_rows
 FOLDER = pathlib.Path(mlt.mixers.__file__).parent
 ROWS, LENGTH = 2, 96
 FULL = bool(os.environ.get("MLT_FULL"))
-AS_USERS_DO = {"xla_backend_optimization_level": 3}
 
 
 def discover() -> list[type[MixerConfig]]:

@@ -279,9 +279,7 @@ def test_scan_and_convolution_agree_in_values_and_gradients(config):
             y = mixer(x, ctx)[0]
             return jnp.sum(y * cotangent), y
 
-        slopes = jax.jit(
-            jax.grad(objective, argnums=(0, 1), has_aux=True), compiler_options={"xla_backend_optimization_level": 0}
-        )
+        slopes = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))
         grads, y = slopes(mixer, x)
         return {"y": y, "dx": grads[1], **dict(named_leaves(grads[0]))}
 

@@ -1,7 +1,5 @@
 """Mixture of experts: routing, dispatch, losses, biases."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -367,7 +365,7 @@ def test_chunks_decode_as_the_full_pass():
     x, ctx = inputs()
     y = run(mixer, x, context(ctx.segment_ids, train=False))[0]
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def stepwise(x, segment_ids, positions):
         def part(lo, hi):
             ids = jnp.zeros((4, hi - lo), jnp.int32)

@@ -31,7 +31,6 @@ from mlt.verify.material import lively, packed_rows
 from mlt.verify.model import Subject
 
 D, LENGTH = 16, 40
-QUICK_COMPILE = {"xla_backend_optimization_level": 0}
 KEYS = {"num_heads": 2, "head_dim": 8, "num_kv_heads": 1}
 
 
@@ -95,7 +94,7 @@ def objective(model, remat: Remat):
 
 
 def slopes(model, remat: Remat):
-    run = jax.jit(jax.value_and_grad(lambda model: objective(model, remat)), compiler_options=QUICK_COMPILE)
+    run = jax.jit(jax.value_and_grad(lambda model: objective(model, remat)))
     value, grads = run(model)
     return float(value), {name: np.asarray(leaf) for name, leaf in named_leaves(grads)}
 
@@ -124,7 +123,7 @@ def test_scans_equal_unrolled_layers(plain):
         unrolled.stack.head[index] = block
     unrolled.embed, unrolled.norm, unrolled.head = scanned.embed, scanned.norm, scanned.head
     unrolled.stack.shared = scanned.stack.shared
-    value = jax.jit(lambda m: objective(m, Remat(mode="none")), compiler_options=QUICK_COMPILE)(unrolled)
+    value = jax.jit(lambda m: objective(m, Remat(mode="none")))(unrolled)
     assert float(value) == pytest.approx(plain[0], rel=2e-6)
 
 

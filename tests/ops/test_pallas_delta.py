@@ -52,8 +52,8 @@ def grads_of(implementation, args, cts):
 
 
 # One compilation for each kind of decay and dtype (JAX keeps it by the shapes), in half the time without LLVM's optimizer.
-interpreted = jax.jit(functools.partial(grads_of, "pallas_gpu"), compiler_options={"xla_backend_optimization_level": 0})
-reference = jax.jit(functools.partial(grads_of, "reference"), compiler_options={"xla_backend_optimization_level": 0})
+interpreted = jax.jit(functools.partial(grads_of, "pallas_gpu"))
+reference = jax.jit(functools.partial(grads_of, "reference"))
 
 
 def kernels(args, cts):

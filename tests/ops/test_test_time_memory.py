@@ -40,7 +40,6 @@ TOKENS = ("q", "k", "v", "step", "log_decay", "log_momentum", "threshold")
 WITH_GRADIENTS = ("titans", "ttt_mlp", "lact")
 """The chunks' gradients are JAX's own; three cases go through every part that is not."""
 EXACT = 1e-9
-QUICK_COMPILE = {"xla_backend_optimization_level": 0}
 """Without LLVM's optimization, which takes most of the time, where no bits are compared."""
 
 
@@ -71,7 +70,7 @@ def split(case):
 def values(name, backend):
     """Compiled: arguments -> (o, state)."""
     run, _ = split(TESTS[name])
-    return jax.jit(lambda args: run(backend, **args), compiler_options=QUICK_COMPILE)
+    return jax.jit(lambda args: run(backend, **args))
 
 
 @functools.cache
@@ -80,7 +79,7 @@ def gradients(name, backend):
     run, args = split(TESTS[name])
     wrt = [x for x in args if x not in ("segment_ids", "position")]
     both = lambda args, cts: value_and_grads(functools.partial(run, backend), args, wrt=wrt, cotangent=cts)  # noqa: E731
-    return jax.jit(both, compiler_options=QUICK_COMPILE if backend == "reference" else None)
+    return jax.jit(both)
 
 
 def cotangent(name, args):
@@ -107,7 +106,7 @@ def test_tokens_of_16_bits():
     made = arguments(PUBLISHED["yaad"], dtype=jnp.bfloat16)
     spec, wrt = made.pop("spec"), [x for x in made if x != "segment_ids"]
 
-    @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)
+    @functools.partial(jax.jit, static_argnums=0)
     def found(implementation, args):
         fn = functools.partial(memory_op, spec=spec, implementation=implementation)
         return value_and_grads(fn, args, wrt=wrt, cotangent=made["v"].astype(args["v"].dtype))

@@ -167,7 +167,7 @@ def our_outputs(mixer, x, lengths):
             start = where.stop
     context = Context(np.zeros_like(segments), segments, positions, Rules(None), False)
     program = jax.jit(lambda mixer, x, context: mixer(x, context)[0]).lower(mixer, x_BTD, context)
-    out = np.asarray(program.compile(compiler_options={"xla_backend_optimization_level": 0})(mixer, x_BTD, context))
+    out = np.asarray(program.compile()(mixer, x_BTD, context))
     first, second = lengths
     return {
         "alone": np.concatenate([out[0, :first], out[1, :second]]),

@@ -64,7 +64,7 @@ def our_logits(model, ids, lengths):
     context = Context(tokens, segments, positions, Rules(None), False)
     run = jax.jit(lambda model, context: model.logits(model(context, dtype=jnp.dtype("float32"), remat=Remat(mode="none"))[0]))
     # These programs run once: what the compiler's back end saves by optimizing it has spent.
-    program = run.lower(model, context).compile(compiler_options={"xla_backend_optimization_level": 0})
+    program = run.lower(model, context).compile()
     out = np.asarray(program(model, context))
     first, second = lengths
     return {
