@@ -72,11 +72,13 @@ def _batch(config: RunConfig) -> Iterator[Problem]:
 def _kernels(config: RunConfig) -> Iterator[Problem]:
     """Backends that are asked for by a name that their op does not have."""
     for path, node in walk(config.model, "model"):
-        name = getattr(node, "kernel", None)
-        if not isinstance(node, MixerConfig) or node.op is None or name is None:
+        asked = getattr(node, "kernel", None)
+        if not isinstance(node, MixerConfig) or node.op is None or asked is None:
             continue
         names = dispatch.selectable(node.op)
-        if name not in names:
+        for name in (asked,) if isinstance(asked, str) else asked:
+            if name in names:
+                continue
             near = difflib.get_close_matches(name, names, n=1)
             ways = (f"did you mean {near[0]!r}? " if near else "") + f"{node.op} has {', '.join(names)}; None takes the best"
             yield Problem(f"{path}.kernel", name, f"is no backend of {node.op}", ways)

@@ -28,6 +28,9 @@ Arrays = dict[str, jax.Array]
 EMBEDDING = "embedding"
 """The name under which every stack publishes the stream that enters it, as `{"stream": (B, T, D)}`."""
 
+Kernel = str | tuple[str, ...] | None
+"""Backends of an op as a config names them: None takes the best available, a name is strict, several are tried in order."""
+
 CLUSTERS = "clusters"
 """Name in `Context.rows` of the cluster of each token's document, (B, T) int32; -1 where it has none."""
 
@@ -242,7 +245,7 @@ class SequenceMixerConfig(MixerConfig):
     """Config of a mixer that moves information along the sequence.
 
     Attributes:
-        kernel: backend of its op; None takes the best available, a name is strict.
+        kernel: backend of its op; None takes the best available, a name is strict, several are tried in order.
         exchange: how this layer crosses sequence shards, in place of the layout's choice (`mesh.carry`, `mesh.attention`).
     """
 
@@ -250,7 +253,7 @@ class SequenceMixerConfig(MixerConfig):
     """What crosses shards of a sequence: `ring` (keys and values, `parallel/ring.py`), `carry` (a state that is linear in
     the one before, `parallel/carry.py`), `halo` (a few inputs), or `none`: whole sequences only."""
 
-    kernel: str | None = None
+    kernel: Kernel = None
     exchange: str | None = None
 
     def whole_rows(self) -> str | None:

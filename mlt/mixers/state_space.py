@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from mlt.errors import UserError
-from mlt.mixers.base import Context, save_point
+from mlt.mixers.base import Context, Kernel, save_point
 from mlt.mixers.recurrent import Continuation, Row
 from mlt.nn.param import Init, given, normal, param, uniform
 from mlt.parallel.local import CHANNELS, HEADS, local
@@ -76,7 +76,7 @@ def hold(row: Row, last: jax.Array | None, name: str = "memory") -> None:
         row.new[name] = jnp.stack([last.real, last.imag], axis=-1)
 
 
-def recur(row: Row, a: jax.Array, b: jax.Array, start: jax.Array | None, backend: str | None) -> tuple[jax.Array, Any]:
+def recur(row: Row, a: jax.Array, b: jax.Array, start: jax.Array | None, backend: Kernel) -> tuple[jax.Array, Any]:
     """`diagonal_recurrence` of complex arrays: (h, last state, or None in a whole row)."""
     if start is None:
         return row.diagonal_recurrence(a, b, implementation=backend), None
@@ -140,7 +140,7 @@ class DiagonalCore(nnx.Module):
         steps: tuple[float, float],
         form: Form,
         kernel_length: int | None = None,
-        backend: str | None = None,
+        backend: Kernel = None,
     ):
         self.states, self.kernel_length, self.backend = states, kernel_length, backend
         self.form: Form = form

@@ -12,6 +12,7 @@ from flax import nnx
 from mlt_kernels import test_time_memory
 from mlt_kernels.test_time_memory import MemorySpec, MemoryState, copies, empty_state, initial_state
 
+from mlt.mixers.base import Kernel
 from mlt.mixers.recurrent import Row
 from mlt.nn.param import Init, ones, param, zeros
 from mlt.parallel.local import CHANNELS, Q_HEADS
@@ -41,7 +42,7 @@ class FastWeights(nnx.Module):
         inits: tuple[Init, ...] | None,
         *,
         momentum: bool = False,
-        backend: str | None = None,
+        backend: Kernel = None,
     ):
         self.spec, self.heads, self.shapes = spec, heads, shapes
         self.momentum, self.backend = momentum, backend

@@ -114,7 +114,8 @@ def _layers(config: RunConfig) -> list[str]:
 def _backends(config: RunConfig) -> list[str]:
     """Default backend of every op, and the names that mixers ask for."""
     mixers = config.model.stack.mixers()
-    asked = {f"{mixer.op}: {mixer.kernel}" for mixer in mixers if mixer.op is not None and mixer.kernel is not None}
+    kernels = {(mixer.op, mixer.kernel) for mixer in mixers if mixer.op is not None and mixer.kernel is not None}
+    asked = {f"{op}: {names if isinstance(names, str) else ', '.join(names)}" for op, names in kernels}
     used = {mixer.op for mixer in mixers if mixer.op is not None} | {"cross_entropy"}
     defaults = [f"{op}: {dispatch.order(op)[0]}" for op in sorted(used)]
     return defaults + [f"asked for by name, {name}" for name in sorted(asked)]

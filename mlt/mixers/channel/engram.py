@@ -10,7 +10,7 @@ import numpy as np
 
 from mlt.config.problems import Problem
 from mlt.errors import UserError
-from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, Mixer, keep_where, resume_segment, save_point
+from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, Kernel, Mixer, keep_where, resume_segment, save_point
 from mlt.mixers.conv import CausalConv
 from mlt.nn.float8 import GROUP, Rows8, rounded
 from mlt.nn.linear import Linear
@@ -59,7 +59,7 @@ class Engram(ChannelMixerConfig):
             the devices (docs/tables.md); it needs hash_on="host". Evaluation and decoding of a checkpoint read it whole.
         rows_in: "float8" reads rows as 8 bits hold them (`nn/float8.py`), and exports keep them so. In training the owner's
             rows are float32 and each lookup rounds what it reads; the gradient goes to the float32 row as if it had not.
-        kernel: backend of the row lookup; None takes the best available, a name is strict.
+        kernel: backend of the row lookup; None takes the best available, a name is strict, several are tried in order.
     """
 
     op: ClassVar[str] = "row_lookup"
@@ -81,7 +81,7 @@ class Engram(ChannelMixerConfig):
     hash_on: Literal["device", "host"] = "device"
     table_on: Literal["device", "host"] = "device"
     rows_in: Literal["float32", "float8"] = "float32"
-    kernel: str | None = None
+    kernel: Kernel = None
 
     @classmethod
     def as_in_paper(cls, layer_id: int, layer_ids: tuple[int, ...], **fields: Any) -> "Engram":

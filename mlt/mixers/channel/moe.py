@@ -11,7 +11,7 @@ from mlt_kernels import grouped_swiglu
 
 from mlt.config.problems import Problem
 from mlt.mixers import routing
-from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, Mixer, save_point
+from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, Kernel, Mixer, save_point
 from mlt.mixers.channel.swiglu import SwiGLU
 from mlt.nn.param import Buffer, buffer, fan_in, param, zeros
 from mlt.parallel import ops
@@ -60,7 +60,7 @@ class MoE(ChannelMixerConfig):
         capacity_factor: tokens of a row that an expert takes in training, as a multiple of an even share; what comes later
             in the row is dropped and counted, so documents compete for room. The same on every mesh. None, and decoding
             and evaluation always, drop nothing.
-        kernel: backend of the grouped matrix product; None takes the best available, a name is strict.
+        kernel: backend of the grouped products; None takes the best available, a name is strict, several are tried in order.
     """
 
     op: ClassVar[str] = "grouped_matmul"
@@ -82,7 +82,7 @@ class MoE(ChannelMixerConfig):
     z_loss: float = 0.0
     chunk_len: int | None = None
     capacity_factor: float | None = None
-    kernel: str | None = None
+    kernel: Kernel = None
 
     @property
     def bias_rate(self) -> float:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mlt.config.problems import Problem
-from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, save_point
+from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, Kernel, save_point
 from mlt.mixers.channel.mlp import ACTIVATIONS
 from mlt.mixers.product_keys import ProductKeyMixer, key_problems
 from mlt.nn.param import fan_in, param
@@ -28,7 +28,7 @@ class PEER(ChannelMixerConfig):
         activation: of an expert's one neuron.
         query_norm: RMSNorm on the queries.
         bias: a bias on the queries.
-        kernel: backend of the row lookup; None takes the best available, a name is strict.
+        kernel: backend of the row lookup; None takes the best available, a name is strict, several are tried in order.
     """
 
     op: ClassVar[str] = "row_lookup"
@@ -40,7 +40,7 @@ class PEER(ChannelMixerConfig):
     activation: Literal["relu", "relu2", "gelu", "silu"] = "gelu"
     query_norm: bool = True
     bias: bool = False
-    kernel: str | None = None
+    kernel: Kernel = None
 
     @property
     def num_experts(self) -> int:

@@ -9,7 +9,7 @@ from flax import nnx
 
 from mlt.config.base import Config
 from mlt.config.problems import Problem
-from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, save_point
+from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, Kernel, save_point
 from mlt.mixers.product_keys import ProductKeyMixer, key_problems
 from mlt.nn.linear import Linear
 from mlt.nn.param import fan_in, normal, param
@@ -55,7 +55,7 @@ class ProductKeyMemory(ChannelMixerConfig):
         query_norm: RMSNorm on the queries.
         bias: biases on the queries, the gate and the output.
         shared_values: name of a table that all layers with this name read, as Memory+ does; None is a table of its own.
-        kernel: backend of the row lookup; None takes the best available, a name is strict.
+        kernel: backend of the row lookup; None takes the best available, a name is strict, several are tried in order.
     """
 
     op: ClassVar[str] = "row_lookup"
@@ -69,7 +69,7 @@ class ProductKeyMemory(ChannelMixerConfig):
     query_norm: bool = True
     bias: bool = False
     shared_values: str | None = None
-    kernel: str | None = None
+    kernel: Kernel = None
 
     @property
     def num_rows(self) -> int:

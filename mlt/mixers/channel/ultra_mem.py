@@ -10,7 +10,7 @@ from flax import nnx
 
 from mlt.config.base import Config
 from mlt.config.problems import Problem
-from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, Mixer, save_point
+from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, Kernel, Mixer, save_point
 from mlt.mixers.tucker_keys import Cells, TuckerKeys
 from mlt.nn.linear import Linear
 from mlt.nn.param import Init, buffer, fan_in, normal, numbered, param
@@ -85,7 +85,7 @@ class UltraMem(ChannelMixerConfig):
         value_std: of the rows at the start; `analytic_value_std` gives the published one.
         balance_loss: coefficient of a loss that is 1 on each axis where keys are used evenly; 0 in the final V2.
         ring: share the rows with other layers; None keeps them to this one.
-        kernel: backend of the row lookup; None takes the best available, a name is strict.
+        kernel: backend of the row lookup; None takes the best available, a name is strict, several are tried in order.
     """
 
     op: ClassVar[str] = "row_lookup"
@@ -103,7 +103,7 @@ class UltraMem(ChannelMixerConfig):
     value_std: float = 0.02
     balance_loss: float = 0.0
     ring: Ring | None = None
-    kernel: str | None = None
+    kernel: Kernel = None
 
     @property
     def real_keys(self) -> int:
