@@ -127,6 +127,11 @@ class BuildInfo:
         return max(self.num_sub_layers, 1) ** -0.5
 
 
+def exchanging(ctx: Context, how: str | None) -> Context:
+    """The context of a layer that crosses sequence shards in a way of its own, as its config's `exchange` says."""
+    return ctx if how is None else dataclasses.replace(ctx, rules=ctx.rules.exchanging(how))
+
+
 class Mixer(nnx.Module):
     """A built mixer: a plain tree of parameters and a pure call."""
 

@@ -30,12 +30,11 @@ class Row:
 
     Attributes:
         ctx: what the call knows of its tokens.
-        exchange: how states of recurrences cross sequence shards; None takes the layout's choice.
         published: what the layer has handed to later ones.
     """
 
-    def __init__(self, ctx: Context, exchange: str | None = None):
-        self.ctx, self.exchange = ctx, exchange
+    def __init__(self, ctx: Context):
+        self.ctx = ctx
         self.published: dict[str, Arrays] = {}
 
     def publish(self, name: str | None, **parts: jax.Array) -> None:
@@ -126,7 +125,7 @@ class Row:
         return local(run, self.ctx.rules, (TOKENS, *axes), Q_HEADS)(self.ctx.segment_ids, *arrays)
 
     def _options(self, options: dict[str, Any]) -> dict[str, Any]:
-        return {**options, "segment_ids": self.ctx.segment_ids, "exchange": self.exchange}
+        return {**options, "segment_ids": self.ctx.segment_ids}
 
 
 class Continuation(Row):
@@ -214,7 +213,7 @@ class RecurrentMixer(Mixer):
         raise NotImplementedError
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
-        return self.mix(x_BTD, Row(ctx, self.config.exchange)), {}
+        return self.mix(x_BTD, Row(ctx)), {}
 
     def step(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any]:
         row = Continuation(state, self.init_state(x_BTD.shape[0], 1, x_BTD.dtype), ctx)
@@ -225,7 +224,7 @@ class PublishingMixer(RecurrentMixer):
     """A recurrent mixer whose `mix` may publish, through its row."""
 
     def call_and_publish(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux, dict[str, Arrays]]:
-        row = Row(ctx, self.config.exchange)
+        row = Row(ctx)
         return self.mix(x_BTD, row), {}, row.published
 
     def step_and_publish(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any, dict[str, Arrays]]:

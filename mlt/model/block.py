@@ -11,7 +11,7 @@ from flax import nnx
 from mlt.config.base import Config
 from mlt.config.problems import Problem
 from mlt.errors import UserError
-from mlt.mixers.base import Arrays, Aux, BuildInfo, Context, MixerConfig, save_point
+from mlt.mixers.base import Arrays, Aux, BuildInfo, Context, MixerConfig, exchanging, save_point
 from mlt.model.remat import Remat
 from mlt.model.streams import STREAMS, HyperConnections, Mixing, Place
 from mlt.nn.norm import NormKind, stream_norm
@@ -78,8 +78,7 @@ class SubLayer(nnx.Module):
         """(stream (B, T, D), or streams (B, T, M, D), behind it, aux, what it publishes)."""
         x = save_point(x, "sub_layer_in")
         ctx = self._own(ctx, lambda value: save_point(value, "published"))
-        if self.exchange is not None:
-            ctx = dataclasses.replace(ctx, rules=ctx.rules.exchanging(self.exchange))
+        ctx = exchanging(ctx, self.exchange)
         read, mixing = self._read(x)
         y, aux, published = self.mixer.call_and_publish(read, ctx)
         return self._add(x, save_point(y, "mixer_out"), mixing, ctx), aux, self._laid_out(published, ctx)

@@ -32,13 +32,11 @@ def linear_recurrence(
     beta: jax.Array | None = None,
     log_input: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
-    exchange: str | None = None,
     **options: Any,
 ) -> jax.Array:
     """`mlt_kernels.linear_recurrence` over the mesh: heads over `tensor`, the state carried over `context` shards.
 
     Args:
-        exchange: how states cross sequence shards, one of `carry.EXCHANGES`; None takes the layout's choice.
         options: rule, normalizer, scale, chunk_size, implementation.
     """
 
@@ -46,7 +44,7 @@ def linear_recurrence(
         gates = {"log_decay": log_decay, "beta": beta, "log_input": log_input, "segment_ids": segment_ids}
         state = None
         if rules.size("seq") > 1:
-            state = _entering_matrix(rules, exchange, q, k, v, **gates, **options)
+            state = _entering_matrix(rules, q, k, v, **gates, **options)
         return mlt_kernels.linear_recurrence(q, k, v, initial_state=state, **gates, **options)
 
     gate = {1: HEADS, 3: CHANNELS, 4: Q_HEADS}.get(getattr(log_decay, "ndim", 1))
@@ -60,13 +58,11 @@ def diagonal_recurrence(
     b: jax.Array,
     *,
     segment_ids: jax.Array | None = None,
-    exchange: str | None = None,
     **options: Any,
 ) -> jax.Array:
     """`mlt_kernels.diagonal_recurrence` over the mesh; the dim after (B, T) is split over `tensor`.
 
     Args:
-        exchange: as for `linear_recurrence`.
         options: implementation.
     """
     axes = (*CHANNELS, *(None,) * (a.ndim - 3))
@@ -83,7 +79,7 @@ def diagonal_recurrence(
             # A document that starts at token 0 does not take what is in front of it; `incoming` sees to that border.
             whole = sequence.one_document(segments).reshape(-1, *[1] * (a.ndim - 2))
             transition = jnp.where(whole, transition, jnp.zeros((), transition.dtype))
-            state = _entering(rules, exchange, segments, transition, final(b, None), carry.DIAGONAL)
+            state = _entering(rules, segments, transition, final(b, None), carry.DIAGONAL)
         return mlt_kernels.diagonal_recurrence(a, b, initial_state=state, segment_ids=segment_ids, **options)
 
     return local(run, rules, (axes, axes, TOKENS), axes)(a, b, segment_ids)
@@ -99,13 +95,11 @@ def selective_scan(
     *,
     skip: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
-    exchange: str | None = None,
     **options: Any,
 ) -> jax.Array:
     """`mlt_kernels.selective_scan` over the mesh: channels over `tensor`, the state carried over `context` shards.
 
     Args:
-        exchange: as for `linear_recurrence`.
         options: implementation.
     """
 
@@ -118,7 +112,7 @@ def selective_scan(
             total_BD = jnp.where(segments[..., None] != 0, step.astype(jnp.float32), 0.0).sum(1)
             whole = sequence.one_document(segments)[:, None, None]
             transition = jnp.where(whole, jnp.exp(total_BD[..., None] * A.astype(jnp.float32)), 0.0)
-            state = _entering(rules, exchange, segments, transition, end, carry.DIAGONAL)
+            state = _entering(rules, segments, transition, end, carry.DIAGONAL)
         return scan(skip=skip, initial_state=state, segment_ids=segment_ids)
 
     shared = (*TOKENS, None)
@@ -162,14 +156,11 @@ def attention(
     *,
     segment_ids: jax.Array | None = None,
     sinks: jax.Array | None = None,
-    exchange: str | None = None,
     **options: Any,
 ) -> jax.Array:
     """Causal `mlt_kernels.attention` of a row with itself over the mesh.
 
     Args:
-        exchange: what crosses sequence shards, one of `ring.STRATEGIES`; None takes the layout's choice, or the one that
-            moves least.
         options: window, softcap, scale, implementation.
     """
     size = rules.size("seq")
@@ -178,7 +169,7 @@ def attention(
         if size == 1:
             return mlt_kernels.attention(q, k, v, segment_ids=segment_ids, sinks=sinks, **options)
         shape = {"tokens": q.shape[1] * size, "heads": q.shape[2], "kv_heads": k.shape[2], "window": options.get("window")}
-        strategy = exchange or rules.attention
+        strategy = rules.attention
         if strategy is not None and ring.refusal(strategy, **shape, size=size):
             raise ValueError(f"attention over {size} sequence shards: {strategy!r} {ring.refusal(strategy, **shape, size=size)}")
         strategy = strategy or ring.choose(**shape, size=size)
@@ -311,15 +302,15 @@ def _segments(like: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
     return jnp.ones(like.shape[:2], jnp.int32) if segment_ids is None else segment_ids
 
 
-def _entering(rules: Rules, exchange: str | None, segments: jax.Array, transition: Any, state: Any, algebra: Any) -> Any:
+def _entering(rules: Rules, segments: jax.Array, transition: Any, state: Any, algebra: Any) -> Any:
     """The state in front of this shard, from every shard's transition and what it makes of an empty state."""
     size = rules.size("seq")
     zero = jax.tree.map(jnp.zeros_like, (transition, state))
     passes_B = sequence.goes_on(segments, size)
-    return carry.incoming(transition, state, zero, passes_B, algebra, exchange or rules.carry, size)
+    return carry.incoming(transition, state, zero, passes_B, algebra, rules.carry, size)
 
 
-def _entering_matrix(rules, exchange, q, k, v, *, log_decay, beta, log_input, segment_ids, normalizer="none", **options):
+def _entering_matrix(rules, q, k, v, *, log_decay, beta, log_input, segment_ids, normalizer="none", **options):
     segments = _segments(q, segment_ids)
     gates = {"log_decay": log_decay, "beta": beta, "log_input": log_input, "segment_ids": segments}
 
@@ -336,13 +327,13 @@ def _entering_matrix(rules, exchange, q, k, v, *, log_decay, beta, log_input, se
         both = final(values, jnp.concatenate([jnp.zeros((B, H, K, V), jnp.float32), eye], axis=-1))
         whole = sequence.one_document(segments)[:, None, None, None]
         transition = jnp.where(whole, both[..., V:], 0.0)
-        return _entering(rules, exchange, segments, transition, both[..., :V], carry.MATRIX)
+        return _entering(rules, segments, transition, both[..., :V], carry.MATRIX)
     total, whole = _total_decay(log_decay, segments, H)
     if normalizer != "none":
-        return _entering_normalized(rules, exchange, segments, total, whole, final(v, None), normalizer)
+        return _entering_normalized(rules, segments, total, whole, final(v, None), normalizer)
     whole = whole.reshape(-1, *[1] * (total.ndim - 1))
     transition = jnp.where(whole, jnp.exp(total), 0.0)
-    return _entering(rules, exchange, segments, transition, final(v, None), carry.SCALED)
+    return _entering(rules, segments, transition, final(v, None), carry.SCALED)
 
 
 def _total_decay(log_decay, segments, heads):
@@ -356,11 +347,11 @@ def _total_decay(log_decay, segments, heads):
     return jnp.where(real, log_decay.astype(jnp.float32), 0.0).sum(1), sequence.one_document(segments)
 
 
-def _entering_normalized(rules, exchange, segments, total, whole, state, normalizer):
+def _entering_normalized(rules, segments, total, whole, state, normalizer):
     empty = 0.0 if normalizer == "mlstm" else EMPTY_LOG_SCALE
     nothing = NormalizedState(jnp.zeros_like(state.value), jnp.zeros_like(state.key_sum), jnp.full_like(state.log_scale, empty))
     keep = jnp.broadcast_to(whole[:, None], total.shape)
     zero = ((jnp.zeros_like(total), jnp.zeros_like(keep)), nothing)
     size, passes_B = rules.size("seq"), sequence.goes_on(segments, size=rules.size("seq"))
     algebra = carry.normalized(empty)
-    return carry.incoming((total, keep), state, zero, passes_B, algebra, exchange or rules.carry, size)
+    return carry.incoming((total, keep), state, zero, passes_B, algebra, rules.carry, size)

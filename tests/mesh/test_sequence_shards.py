@@ -84,7 +84,7 @@ def test_linear_recurrence(name, exchange):
     gates, options = RECURRENCES[name]
 
     def call(rules, **arrays):
-        return ops.linear_recurrence(rules, **arrays, segment_ids=SEGMENTS, exchange=exchange, chunk_size=8, **options)
+        return ops.linear_recurrence(rules.exchanging(exchange), **arrays, segment_ids=SEGMENTS, chunk_size=8, **options)
 
     compare(call, {**QKV, **gates}, rules(4, 2 if exchange == "gather" else 1))
 
@@ -94,7 +94,8 @@ def test_sum_normalizer():
     arrays = {name: jnp.abs(x) if name in ("q_BTHK", "k_BTHK") else x for name, x in arrays.items()}
 
     def call(rules, **arrays):
-        return ops.linear_recurrence(rules, **arrays, segment_ids=SEGMENTS, exchange="permute", normalizer="sum", chunk_size=8)
+        own = rules.exchanging("permute")
+        return ops.linear_recurrence(own, **arrays, segment_ids=SEGMENTS, normalizer="sum", chunk_size=8)
 
     compare(call, arrays, rules(8))
 
@@ -106,7 +107,7 @@ def test_diagonal_recurrence(exchange, complex_):
     def call(rules, a, b):
         if complex_:
             a = a * jnp.exp(1j * normal(2, B, T, 8))
-        return ops.diagonal_recurrence(rules, a, b.astype(a.dtype), segment_ids=SEGMENTS, exchange=exchange).real
+        return ops.diagonal_recurrence(rules.exchanging(exchange), a, b.astype(a.dtype), segment_ids=SEGMENTS).real
 
     compare(call, arrays, rules(8))
 
@@ -116,7 +117,7 @@ def test_selective_scan():
     arrays |= {"B_BTN": normal(3, B, T, 3), "C_BTN": normal(4, B, T, 3), "skip": normal(5, 4)}
 
     def call(rules, **arrays):
-        return ops.selective_scan(rules, **arrays, segment_ids=SEGMENTS, exchange="ring")
+        return ops.selective_scan(rules.exchanging("ring"), **arrays, segment_ids=SEGMENTS)
 
     compare(call, arrays, rules(4, 2))
 
@@ -150,7 +151,7 @@ def test_attention(strategy, window, size):
     arrays["sinks"] = normal(3, 4)
 
     def call(rules, **arrays):
-        return ops.attention(rules, **arrays, segment_ids=SEGMENTS, window=window, softcap=5.0, exchange=strategy)
+        return ops.attention(rules.exchanging(strategy), **arrays, segment_ids=SEGMENTS, window=window, softcap=5.0)
 
     compare(call, arrays, rules(size))
 

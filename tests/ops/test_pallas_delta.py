@@ -1,14 +1,15 @@
-"""The delta rule's GPU kernels, interpreted: numbers against the float64 token loop, borders to the bit, lowering for CUDA."""
+"""The delta rule's Pallas kernels, interpreted: numbers against the float64 token loop, borders to the bit, lowering."""
 
 import dataclasses
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from mlt_kernels import linear_recurrence, pallas
-from mlt_kernels.linear_recurrence import pallas_gpu
+from mlt_kernels.linear_recurrence import pallas_gpu, pallas_tpu
 from mlt_kernels.linear_recurrence.cases import Case, arguments
 from mlt_kernels.testing import (
     assert_close,
@@ -26,6 +27,9 @@ CASES = {
     "gated_delta": Case(T=T, Hk=1, H=2, K=32, V=16),
     "kda": Case(T=T, Hk=2, H=2, K=16, V=32, decay="vector"),
 }
+RUNS = [("pallas_gpu", name) for name in CASES] + [("pallas_tpu", "gated_delta")]
+if os.environ.get("MLT_FULL") == "1":
+    RUNS += [("pallas_tpu", "delta")]
 TOKENS = ("q", "k", "v", "log_decay", "beta")
 
 
@@ -52,13 +56,13 @@ def grads_of(implementation, args, cts):
 
 
 # One compilation for each kind of decay and dtype (JAX keeps it by the shapes), in half the time without LLVM's optimizer.
-interpreted = jax.jit(functools.partial(grads_of, "pallas_gpu"))
+interpreted = jax.jit(grads_of, static_argnums=0)
 reference = jax.jit(functools.partial(grads_of, "reference"))
 
 
-def kernels(args, cts):
+def kernels(backend, args, cts):
     with pallas.interpret():
-        return interpreted(args, cts)
+        return interpreted(backend, args, cts)
 
 
 def cts_of(args):
@@ -102,49 +106,49 @@ def hard_inputs(name):
     return inputs
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients(name):
+@pytest.mark.parametrize(("backend", "name"), RUNS)
+def test_values_and_gradients(backend, name):
     for what, changed in hard_inputs(name).items():
         args = made(name) | changed
-        assert_close(kernels(args, cts_of(args)), oracle(args), max_rel=1e-5, what=f"{name}, {what}: ")
+        assert_close(kernels(backend, args, cts_of(args)), oracle(args), max_rel=1e-5, what=f"{name}, {what}: ")
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_documents_are_isolated_to_the_bit(name):
+@pytest.mark.parametrize(("backend", "name"), RUNS)
+def test_documents_are_isolated_to_the_bit(backend, name):
     args = made(name)
     tokens = [t for t in TOKENS if t in args]
     segments = np.asarray(args["segment_ids"])
     documents = [(0, s) for s in (1, 2, 3, 5, 7)]
-    check_isolation(
-        functools.partial(fn, "reference"), args, segments, token_arguments=tokens, documents=documents, compiled=kernels
-    )
+    run, compiled = functools.partial(fn, "reference"), functools.partial(kernels, backend)
+    check_isolation(run, args, segments, token_arguments=tokens, documents=documents, compiled=compiled)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_causal_to_the_bit(name):
+@pytest.mark.parametrize(("backend", "name"), RUNS)
+def test_causal_to_the_bit(backend, name):
     args = made(name) | {"segment_ids": jnp.ones((2, T), jnp.int32)}
     cts = cts_of(args)
     tokens = [t for t in TOKENS if t in args]
     run = functools.partial(fn, "reference")
-    check_causality(run, args, token_arguments=tokens, positions=(1, 16, 40, 82), compiled=lambda args: kernels(args, cts)[0][0])
+    compiled = functools.partial(kernels, backend, cts=cts)
+    check_causality(run, args, token_arguments=tokens, positions=(1, 16, 40, 82), compiled=lambda args: compiled(args)[0][0])
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_padding_gives_zero_and_keeps_the_state(name):
+@pytest.mark.parametrize(("backend", "name"), RUNS)
+def test_padding_gives_zero_and_keeps_the_state(backend, name):
     args = made(name)
-    (o, last, _), grads = kernels(args, cts_of(args))
+    (o, last, _), grads = kernels(backend, args, cts_of(args))
     padding = np.asarray(args["segment_ids"]) == 0
     for x in (o, *(grads[t] for t in TOKENS if t in grads)):
         assert_same_bits(np.asarray(x)[padding], np.zeros_like(x)[padding])
     assert_same_bits(last[1], args["initial_state"][1])
 
 
-@pytest.mark.parametrize("name", ["gated_delta", "kda"])
-def test_bfloat16(name):
-    """Chunks of 64: within 2 % of the same numbers computed in float64, gates and states in float32."""
+@pytest.mark.parametrize(("backend", "name"), [run for run in RUNS if run[1] != "delta"])
+def test_bfloat16(backend, name):
+    """On a GPU chunks of 64: within 2 % of the same numbers computed in float64, gates and states in float32."""
     args = made(name)
     args = args | {x: args[x].astype(jnp.bfloat16) for x in ("q", "k", "v")} | {"segment_ids": jnp.ones((2, T), jnp.int32)}
-    found = kernels(args, cts_of(args))
+    found = kernels(backend, args, cts_of(args))
     assert found[0][0].dtype == found[1]["k"].dtype == jnp.bfloat16
     assert found[0][1].dtype == found[1]["log_decay"].dtype == jnp.float32
     assert_close(found, oracle(args), max_rel=2e-2)
@@ -183,6 +187,27 @@ def test_lowers_for_cuda(shape, decay, dtype):
 
 
 @pytest.mark.parametrize(
+    ("shape", "decay", "dtype"),
+    [((8, 4096, 16, 32, 128, 128), "scalar", jnp.bfloat16), ((2, 1100, 4, 4, 24, 256), "none", jnp.float32)],
+)
+def test_lowers_for_tpu(shape, decay, dtype):
+    """The Mosaic programs of forward and backward, from a host with no TPU."""
+    args = sizes(*shape, decay, dtype)
+    result = jax.eval_shape(functools.partial(fn, "reference"), **args)
+    with pallas.target_device("TPU v5e", platform="tpu"):
+        traced = jax.jit(lambda args, cts: grads_of("pallas_tpu", args, cts)).trace(args, result)
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 3
+
+
+def test_bfloat16_keys_that_repeat_keep_their_digits():
+    """One key with beta 2 and no decay: most of what the inverse is multiplied with cancels."""
+    args = made("gated_delta") | hard_inputs("gated_delta")["one key, spread 0.0, beta 2"]
+    args = args | {x: args[x].astype(jnp.bfloat16) for x in ("q", "k", "v")} | {"log_decay": 0 * args["log_decay"]}
+    assert_close(kernels("pallas_tpu", args, cts_of(args)), oracle(args), max_rel=6e-2)
+
+
+@pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"K": 48}, "K=48, V=32; tiles are powers of two from 16 to 256"),
@@ -199,3 +224,11 @@ def test_what_it_cannot_run_is_said(changes, reason):
         said = pallas_gpu.unsupported(**args, return_final_state=False, return_chunk_states=False)
     assert said
     assert reason in said
+
+
+def test_what_a_tpu_kernel_cannot_run_is_said():
+    args = {"log_decay": None, "rule": "delta", "log_input": None, "normalizer": "none", "scale": 1.0, "chunk_size": 64}
+    args |= sizes(B=1, T=64, Hk=2, H=2, K=32, V=32, decay="vector", dtype=jnp.bfloat16)
+    with pallas.interpret():
+        said = pallas_tpu.unsupported(**args, return_final_state=False, return_chunk_states=False)
+    assert said == "there is no kernel for a log_decay of every key dim"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from mlt_kernels import dispatch, linear_recurrence, triton_calls
+from mlt_kernels.linear_recurrence import _triton_add
 from mlt_kernels.linear_recurrence.cases import Case, arguments
 from mlt_kernels.testing import (
     array_shapes_in,
@@ -35,6 +36,8 @@ CASES = {
     "states": dataclasses.replace(SMALL, log_input=True, options={"chunk_size": 32, "return_chunk_states": True}),
     "none": dataclasses.replace(SMALL, decay="none", Hk=2, K=32, V=16, beta=False, state=False),
     "odd": dataclasses.replace(SMALL, K=20, V=5, beta=False),
+    "vector": dataclasses.replace(SMALL, decay="vector", options={"chunk_size": 32, "return_chunk_states": True}),
+    "vector odd": dataclasses.replace(SMALL, decay="vector", Hk=2, K=20, V=5, beta=False),
     "mlstm": dataclasses.replace(SMALL, log_input=True, beta=False, options={"normalizer": "mlstm"}),
 }
 """`odd` has dims that are no powers of two; in `none` each value head has its own key head."""
@@ -83,7 +86,7 @@ def test_values_and_gradients(name):
 
 
 @pytest.mark.usefixtures("triton_interpreter")
-@pytest.mark.parametrize("name", ["states", "odd"])
+@pytest.mark.parametrize("name", ["states", "odd", "vector"])
 def test_strong_decays(name):
     """Down to -60; and all alike, where every gradient is small and none may be a small difference of large numbers."""
     _, args = split(CASES[name])
@@ -94,7 +97,7 @@ def test_strong_decays(name):
 
 
 @pytest.mark.usefixtures("triton_interpreter")
-@pytest.mark.parametrize("name", ["states", "none", "mlstm"])
+@pytest.mark.parametrize("name", ["states", "none", "vector", "mlstm"])
 def test_documents_are_isolated_to_the_bit(name):
     fn, args = split(CASES[name])
     tokens = [t for t in TOKENS if t in args and args[t].ndim > 1]
@@ -104,21 +107,23 @@ def test_documents_are_isolated_to_the_bit(name):
 
 
 @pytest.mark.usefixtures("triton_interpreter")
-def test_padding_writes_nothing_and_keeps_the_state():
+@pytest.mark.parametrize("name", ["states", "vector"])
+def test_padding_writes_nothing_and_keeps_the_state(name):
     """A row of padding gives o = 0 and its initial state back, and no input there has a gradient."""
-    _, args = split(CASES["states"])
-    (o, final, *_), grads = found("states", args)
+    _, args = split(CASES[name])
+    (o, final, *_), grads = found(name, args)
     padding = SEGMENTS == 0
     assert_same_bits(o[padding], np.zeros_like(o[padding]))
     assert_same_bits(final[2], np.asarray(args["initial_state"])[2])
-    for token in TOKENS:
+    for token in (x for x in TOKENS if x in grads):
         assert_same_bits(grads[token][padding], np.zeros_like(grads[token][padding]), what=token)
 
 
 @pytest.mark.usefixtures("triton_interpreter")
-def test_a_bare_call():
-    """No documents, a constant decay a head, the rest left out, a row that is no whole number of chunks."""
-    args = arguments(dataclasses.replace(SMALL, B=1, T=21, decay="head", beta=False, state=False))
+@pytest.mark.parametrize("decay", ["head", "vector"])
+def test_a_bare_call(decay):
+    """No documents, nothing but a decay, a row that is no whole number of chunks."""
+    args = arguments(dataclasses.replace(SMALL, B=1, T=21, decay=decay, beta=False, state=False))
 
     def fn(args, implementation):
         return value_and_grads(functools.partial(linear_recurrence, implementation=implementation), args)
@@ -132,23 +137,55 @@ def test_a_bare_call():
 
 
 @pytest.mark.usefixtures("triton_interpreter")
-def test_bfloat16_operands():
+def test_pairs_of_long_chunks_under_vector_decays(monkeypatch):
+    """In chunks of 64, as on a GPU, pairs meet at six levels."""
+    monkeypatch.setattr(_triton_add, "chunk_length", lambda *_: 64)
+    args = arguments(Case(B=1, T=100, Hk=1, H=1, K=5, V=16, decay="vector", documents=None, strongest=-60.0))
+    # Few strong decays, so that tokens far apart still meet.
+    args["log_decay"] = jnp.where(jnp.arange(100)[:, None, None] % 19 == 7, 1.0, 1e-3) * args["log_decay"]
+    args["segment_ids"] = jnp.repeat(jnp.array([[4, 6]]), jnp.array([71, 29]), axis=1)
+
+    def fn(args, implementation):
+        op = functools.partial(linear_recurrence, implementation=implementation, return_final_state=True)
+        return value_and_grads(op, args, wrt=wrt(args))
+
+    with triton_calls.interpret():
+        got = jax.tree.map(np.asarray, fn(args, "triton_gpu"))
+    with jax.enable_x64(True):
+        want = jax.jit(functools.partial(fn, implementation="reference"))(cast_floating(args, jnp.float64))
+        want = jax.tree.map(np.asarray, want)
+    assert_close(got, want, max_rel=1e-5)
+
+
+@pytest.mark.usefixtures("triton_interpreter")
+@pytest.mark.parametrize("name", ["states", "vector"])
+def test_bfloat16_operands(name):
     """Operands of 16 bits, gates and states of 32: within 2 % of the same numbers computed in float64."""
-    _, args = split(CASES["states"])
+    _, args = split(CASES[name])
     low = args | {x: args[x].astype(jnp.bfloat16) for x in ("q", "k", "v")}
-    results, grads = found("states", low)
+    results, grads = found(name, low)
     assert results[0].dtype == grads["q"].dtype == grads["v"].dtype == jnp.bfloat16
     assert results[1].dtype == grads["log_decay"].dtype == jnp.float32
-    assert_close((results, grads), oracle("states", low), max_rel=2e-2)
+    assert_close((results, grads), oracle(name, low), max_rel=2e-2)
 
 
 @pytest.mark.usefixtures("triton_compiler")
-@pytest.mark.parametrize(("K", "V", "dtype"), [(128, 128, jnp.bfloat16), (128, 128, jnp.float32), (256, 80, jnp.bfloat16)])
-def test_lowering_and_what_is_stored(K, V, dtype):
-    """Four kernels at a real size; no (T, T), and states of one chunk in sixteen at most."""
+@pytest.mark.parametrize(
+    ("K", "V", "dtype", "decay"),
+    [
+        (128, 128, jnp.bfloat16, "scalar"),
+        (128, 128, jnp.float32, "scalar"),
+        (256, 80, jnp.bfloat16, "scalar"),
+        (128, 128, jnp.bfloat16, "vector"),
+        (80, 256, jnp.float32, "vector"),
+    ],
+)
+def test_lowering_and_what_is_stored(K, V, dtype, decay):
+    """Every kernel at a real size; no (T, T), and states of one chunk in sixteen at most."""
     rows, time, heads, key_heads, f32, made = 8, 4096, 32, 16, jnp.float32, jax.ShapeDtypeStruct
     args = {name: made((rows, time, key_heads, K), dtype) for name in ("q", "k")}
-    args |= {name: made((rows, time, heads), f32) for name in ("log_decay", "beta")}
+    gate = (rows, time, heads)
+    args |= {"beta": made(gate, f32), "log_decay": made((*gate, K) if decay == "vector" else gate, f32)}
     args |= {"v": made((rows, time, heads, V), dtype), "segment_ids": made((rows, time), jnp.int32)}
 
     def fn(args):
@@ -158,7 +195,7 @@ def test_lowering_and_what_is_stored(K, V, dtype):
     with dispatch.target_platform("gpu"):
         text = jax.jit(fn).trace(args).lower(lowering_platforms=("cuda",)).as_text()
         shapes = array_shapes_in(fn, args)
-    assert text.count("triton_kernel_call") >= 4
+    assert text.count("triton_kernel_call") >= (9 if decay == "vector" else 4)
     assert not [s for s in shapes if s.count(time) > 1]
     states = [np.prod(s) for s in shapes if s[-2:] == (K, V) and len(s) == 5]
     chunk = 16 if dtype == f32 else 32 if K > 128 else 64
@@ -169,8 +206,6 @@ def test_lowering_and_what_is_stored(K, V, dtype):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"decay": "vector"}, "its kernels take one decay a head"),
-        ({"options": {"rule": "delta"}}, "there is no kernel for rule='delta'"),
         ({"K": 300}, "K=300; its kernels take 1 to 256"),
         ({"options": {"chunk_size": 8, "return_chunk_states": True}}, "chunk_size=8"),
     ],

@@ -156,7 +156,7 @@ class DifferentialAttentionMixer(DifferentialMixer):
 
     def call_and_publish(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux, dict[str, Arrays]]:
         q, k, v_BTKP = self._project(x_BTD, ctx)
-        options = {"segment_ids": ctx.segment_ids, "exchange": self.config.exchange, **self._options()}
+        options = {"segment_ids": ctx.segment_ids, **self._options()}
         maps = [ops.attention(ctx.rules, q[i], k[i], v_BTKP, **options) for i in (0, 1)]
         return self._finish(*maps), {}, self._published({"first": k[0], "second": k[1], "value": v_BTKP})
 

@@ -96,7 +96,7 @@ class DifferentialCrossAttentionMixer(DifferentialMixer):
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
         seen, options = ctx.published[self.config.source], {"implementation": self.config.kernel}
         pairs = zip(self._queries(x_BTD, ctx), (seen["first"], seen["second"]), strict=True)
-        options |= {"segment_ids": ctx.segment_ids, "exchange": self.config.exchange}
+        options |= {"segment_ids": ctx.segment_ids}
         maps = [ops.attention(ctx.rules, query, keys, seen["value"], **options) for query, keys in pairs]
         return self._finish(*maps), {}
 

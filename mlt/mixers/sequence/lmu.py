@@ -91,7 +91,7 @@ class LMUMixer(RecurrentMixer):
         def run(u_BTG: jax.Array, segment_ids: jax.Array) -> jax.Array:
             start = jnp.zeros((u_BTG.shape[0], self.config.order, u_BTG.shape[2]), jnp.float32)
             if size > 1:
-                start = _entering(u_BTG, segment_ids, start, tables, row.exchange or rules.carry, size)
+                start = _entering(u_BTG, segment_ids, start, tables, rules.carry, size)
             return legendre_memory(u_BTG, segment_ids, start, *tables)[0]
 
         return local(run, rules, ((*TOKENS, None), TOKENS), (*TOKENS, None, None))(u_BTG, segment_ids)

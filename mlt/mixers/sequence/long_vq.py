@@ -195,7 +195,7 @@ class LongVQMixer(RecurrentMixer):
     def _loss(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
         """Distance of codes to their keys and of keys to their codes, mean over the batch's tokens and heads."""
         config, stop = self.config, jax.lax.stop_gradient
-        k_BTNK = self._key(self._average(x_BTD, Row(ctx, config.exchange)))
+        k_BTNK = self._key(self._average(x_BTD, Row(ctx)))
         code_BTN = self._nearest(k_BTNK)
         codes_NCK = self.codebook[...]
         taken_BTNK = codes_NCK[jnp.arange(codes_NCK.shape[0]), code_BTN]

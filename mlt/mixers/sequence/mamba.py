@@ -121,7 +121,7 @@ def selective_scan(row: Row, *arrays: jax.Array, name: str = "memory", **options
     """`mlt_kernels.selective_scan` of x, step, A, B and C, whose state the decoding state keeps as `name`."""
     segment_ids = row.ctx.segment_ids
     if not isinstance(row, Continuation):
-        return ops.selective_scan(row.ctx.rules, *arrays, segment_ids=segment_ids, exchange=row.exchange, **options)
+        return ops.selective_scan(row.ctx.rules, *arrays, segment_ids=segment_ids, **options)
     start = row.state[name]
     y, row.new[name] = mlt_kernels.selective_scan(
         *arrays, segment_ids=segment_ids, initial_state=start, return_final_state=True, **options

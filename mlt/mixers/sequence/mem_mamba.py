@@ -10,7 +10,7 @@ from mlt_kernels.attention import merge
 
 from mlt.config.problems import Problem
 from mlt.mixers import cache
-from mlt.mixers.base import Arrays, Aux, BuildInfo, Context, Mixer, MixerConfig, Part, Published, SequenceMixerConfig
+from mlt.mixers.base import Arrays, Aux, BuildInfo, Context, Mixer, MixerConfig, Part, Published, SequenceMixerConfig, exchanging
 from mlt.mixers.blocks import ending_at, ends
 from mlt.mixers.recurrent import Continuation, Row
 from mlt.mixers.sequence.mamba import Mamba
@@ -126,7 +126,7 @@ class MemMambaMixer(Mixer):
         block, notes_BTS = self.config.block, self._notes(x_BTD)
         summarize = lambda notes: ending_at(notes, notes.shape[1], block).max(axis=2)  # noqa: E731
         summary_BTS = ops.with_left_context(summarize, ctx.rules, block - 1, (notes_BTS,), (), (*TOKENS, None))
-        y_BTD, aux = self.memory(x_BTD + self._read(x_BTD, summary_BTS, Row(ctx)), ctx)
+        y_BTD, aux = self.memory(x_BTD + self._read(x_BTD, summary_BTS, Row(ctx)), exchanging(ctx, self.config.memory.exchange))
         return y_BTD, aux, self._published(summary_BTS)
 
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> Any:

@@ -171,7 +171,7 @@ class _CachingRow:
             first_BT = (self.place_BT == 0) & (segments != 0)
             segments = jnp.where(segments == 0, 0, 1 + jnp.cumsum(first_BT, axis=1, dtype=jnp.int32))
         if entering is None:
-            inner = Row(dataclasses.replace(self.ctx, segment_ids=segments), self.row.exchange)
+            inner = Row(dataclasses.replace(self.ctx, segment_ids=segments))
             return inner.linear_recurrence(q, k, v, **options), None
         if self.config.independent:
             entering = jnp.where((self.place_BT[:, 0] == 0)[:, None, None, None], 0.0, entering)

@@ -198,7 +198,7 @@ class MixtureOfMemoriesMixer(RecurrentMixer):
         pick = lambda x: of_memory(x, token_BS, memory_BS)[:, :, :, None]  # noqa: E731
         q_BSHK = jax.vmap(lambda x, token: x[token])(q_BTHK, token_BS)
         parts = {name: None if x is None else pick(x) for name, x in gates.items()}
-        o_BSHV = self._recur(Row(ctx, row.exchange), q_BSHK, pick(k_BTHRK), pick(v_BTHRV), parts)[:, :, :, 0]
+        o_BSHV = self._recur(Row(ctx), q_BSHK, pick(k_BTHRK), pick(v_BTHRV), parts)[:, :, :, 0]
         o_BTAHV = jnp.take_along_axis(o_BSHV, inverse_BS[..., None, None], axis=1).reshape(B, T, A, *o_BSHV.shape[2:])
         weight_BTA = jnp.take_along_axis(weight_BTR, index_BTA, axis=2)
         total = jnp.einsum("btahv,bta->bthv", o_BTAHV.astype(jnp.float32), weight_BTA)

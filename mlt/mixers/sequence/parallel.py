@@ -9,7 +9,7 @@ from flax import nnx
 
 from mlt.config.base import Config
 from mlt.config.problems import Problem
-from mlt.mixers.base import Arrays, Aux, BuildInfo, Context, Mixer, MixerConfig, Published, SequenceMixerConfig
+from mlt.mixers.base import Arrays, Aux, BuildInfo, Context, Mixer, MixerConfig, Published, SequenceMixerConfig, exchanging
 from mlt.mixers.sequence.attention import Attention
 from mlt.mixers.sequence.mamba2 import Mamba2
 
@@ -75,6 +75,7 @@ class ParallelMixer(Mixer):
     def __init__(self, config: Parallel, info: BuildInfo):
         self.config = config
         self.mixers = nnx.List([mixer.build(info) for mixer in config.mixers])
+        self.exchanges = tuple(getattr(mixer, "exchange", None) for mixer in config.mixers)
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
         return self.call_and_publish(x_BTD, ctx)[:2]
@@ -82,7 +83,7 @@ class ParallelMixer(Mixer):
     def call_and_publish(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux, dict[str, Arrays]]:
         outputs, aux, published = [], {}, {}
         for number, mixer in enumerate(self.mixers):
-            y_BTD, own, values = mixer.call_and_publish(self._input(x_BTD, number), ctx)
+            y_BTD, own, values = mixer.call_and_publish(self._input(x_BTD, number), exchanging(ctx, self.exchanges[number]))
             outputs.append(y_BTD)
             aux |= {f"{name}/{number}": value for name, value in own.items()}
             published |= values

@@ -20,6 +20,7 @@ from mlt.mixers.base import (
     Part,
     Published,
     SequenceMixerConfig,
+    exchanging,
     save_point,
     shared_axis,
 )
@@ -232,7 +233,7 @@ class ZambaLayerMixer(Mixer):
             options = {"segment_ids": ctx.segment_ids, **self._options()}
             return ops.attention(ctx.rules, q_BTNH, k_BTKH, v_BTKH, **options)
 
-        return self.memory(self._input(x_BTD, ctx, attend), ctx)
+        return self.memory(self._input(x_BTD, ctx, attend), exchanging(ctx, self.config.memory.exchange))
 
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
         part = (self.config.transformer.kv_heads, self.config.transformer.head_dim)

@@ -1,9 +1,14 @@
 """Logical axes to mesh axes: collisions and sizes that do not divide are named."""
 
+import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
 from mlt.errors import UserError
+from mlt.mixers.base import BuildInfo, Context
+from mlt.mixers.sequence.attention import Attention
+from mlt.mixers.sequence.mamba2 import Mamba2
+from mlt.mixers.sequence.parallel import Parallel
 from mlt.nn.linear import Linear
 from mlt.parallel.mesh import Layout
 from mlt.parallel.rules import Rules
@@ -46,3 +51,19 @@ def test_a_layer_s_own_exchange_moves_only_what_it_names(how, carry, attention):
     """A layer of states and a window does not turn its attention into something by the name of a carry."""
     own = Layout(context=2, attention="heads").abstract_rules().exchanging(how)
     assert (own.carry, own.attention) == (carry, attention)
+
+
+def test_each_layer_beside_others_crosses_shards_in_its_own_way():
+    layers = (Attention(num_heads=2, head_dim=8, exchange="gather"), Mamba2(num_heads=2, head_dim=8, state_dim=8))
+    mixer = Parallel(mixers=layers, exchange="ring").build(BuildInfo(d_model=16, num_sub_layers=1, vocab_size=8))
+    seen = []
+
+    class Recorded:
+        def call_and_publish(self, x, ctx):
+            seen.append((ctx.rules.carry, ctx.rules.attention))
+            return x, {}, {}
+
+    mixer.mixers = [Recorded(), Recorded()]
+    layout = Layout(context=2, attention="heads", carry="permute").abstract_rules()
+    mixer(jnp.zeros(()), Context(None, None, None, layout, train=True))
+    assert seen == [("gather", "gather"), ("permute", "heads")]
