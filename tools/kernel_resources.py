@@ -207,6 +207,7 @@ def triton_usages(fn: Any, arrays: dict[str, Any], folder: pathlib.Path) -> list
     from triton.compiler import ASTSource
 
     found: dict[str, Usage] = {}
+    seen: list[tuple[Any, Any]] = []
     for call in triton_calls(jaxpr):
         kernel, warps = call.params["fn"], call.params["num_warps"]
         types = ["*" + TRITON_TYPES[x.aval.dtype.name] for x in call.invars]
@@ -214,6 +215,11 @@ def triton_usages(fn: Any, arrays: dict[str, Any], folder: pathlib.Path) -> list
             types.insert(place, kind)
         types += ["*" + TRITON_TYPES[x.aval.dtype.name] for x in call.outvars]
         options = {name: value for name, value in call.params.items() if name in kernel.arg_names}
+        if (kernel, options) in seen:
+            continue
+        seen.append((kernel, options))
+        same = sum(other is kernel for other, _ in seen)
+        label = kernel.__name__ if same == 1 else f"{kernel.__name__} {same}"  # the same kernel with other options
         signature = dict(zip(kernel.arg_names, types, strict=False)) | dict.fromkeys(options, "constexpr")
         aligned = {(n,): [["tt.divisibility", 16]] for n, kind in enumerate(types) if kind[0] == "*"}
         source = ASTSource(kernel, signature=signature, constexprs=options, attrs=aligned)
@@ -221,7 +227,8 @@ def triton_usages(fn: Any, arrays: dict[str, Any], folder: pathlib.Path) -> list
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=sizes)
         path = folder / f"{kernel.__name__}.ptx"
         path.write_text(compiled.asm["ptx"])
-        found[kernel.__name__] = read_ptxas(path, kernel.__name__, str(32 * warps), str(compiled.metadata.shared))
+        usage = read_ptxas(path, kernel.__name__, str(32 * warps), str(compiled.metadata.shared))
+        found[label] = dataclasses.replace(usage, kernel=label)
     return [found[name] for name in sorted(found)]
 
 

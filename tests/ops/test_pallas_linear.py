@@ -38,7 +38,7 @@ CASES = {
     "mlstm": dataclasses.replace(SMALL, log_input=True, beta=False, options={"normalizer": "mlstm"}),
 }
 RUNS = {f"gpu {name}": (case, "pallas_gpu") for name, case in CASES.items()}
-RUNS |= {f"tpu {name}": (case, "pallas_tpu") for name, case in CASES.items() if name == "states"}
+RUNS |= {f"tpu {name}": (CASES[name], "pallas_tpu") for name in ("states", "vector")}
 DECAYED = [name for name, (case, _) in RUNS.items() if case.decay != "none"]
 
 

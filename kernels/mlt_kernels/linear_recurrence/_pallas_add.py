@@ -1,5 +1,7 @@
-"""The add rule in Pallas kernels: for a GPU `_pallas_add_scalar` (no decay or one decay a head) and `_pallas_add_vector` (one a
-key dim), for a TPU `_pallas_add_tpu`. This file prepares their arguments and ties their forward and backward passes together.
+"""The recurrence in Pallas kernels: the add rule for a GPU in `_pallas_add_scalar` (no decay or one decay a head) and
+`_pallas_add_vector` (one a key dim), for a TPU in `_pallas_add_tpu`; the delta rule for a TPU in `_pallas_delta_tpu`; both rules
+with one decay a key dim, for a TPU, in `_pallas_vector_tpu`. This file prepares their arguments and ties their forward and
+backward passes together.
 
 Gates, sums of gates, states and accumulators are float32. Products take operands of the dtype of q, k and v; those of
 float32 are three TF32 products (see `_pallas_tools.dot`). On a GPU, dims must be powers of two from 16 to 256: Triton's
@@ -20,12 +22,27 @@ import jax.numpy as jnp
 from jax import Array
 
 from mlt_kernels import pallas
-from mlt_kernels.linear_recurrence import _pallas_add_scalar, _pallas_add_tpu, _pallas_add_vector, _pallas_normalized
+from mlt_kernels.linear_recurrence import _kernel_inputs as given
+from mlt_kernels.linear_recurrence import (
+    _normalized,
+    _pallas_add_scalar,
+    _pallas_add_tpu,
+    _pallas_add_vector,
+    _pallas_delta_tpu,
+    _pallas_vector_tpu,
+)
 from mlt_kernels.linear_recurrence import _pallas_tools as tools
-from mlt_kernels.linear_recurrence._pallas_tools import Arrays, Settings
+from mlt_kernels.linear_recurrence._kernel_inputs import Arrays
+from mlt_kernels.linear_recurrence._pallas_tools import Settings
 
 TPU_CHUNK = 128
 """Tokens of a chunk on a TPU: the width of its matrix unit."""
+TPU_FULL_CHUNK = 32
+"""The same with float32 operands under the delta rule, where a larger inverse loses more to rounding if keys repeat, and with
+one decay a key dim, where larger tiles would not fit the fast memory."""
+INTERPRETED_CHUNK = {"add": 16, "delta": 32}
+"""Tokens of a chunk where TPU kernels are interpreted: small tests cross every kind of border, also that between the blocks
+of 16 which the delta rule inverts."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -50,9 +67,10 @@ recurrence.defvjp(_forward, _backward)
 
 
 def _kernels(settings: Settings, arrays: Arrays) -> ModuleType:
-    if settings.platform == "tpu":
-        return _pallas_add_tpu
-    return _pallas_add_vector if arrays.g is not None and arrays.g.ndim == 4 else _pallas_add_scalar
+    vector = arrays.g is not None and arrays.g.ndim == 4
+    if settings.platform == "gpu":
+        return _pallas_add_vector if vector else _pallas_add_scalar
+    return _pallas_vector_tpu if vector else _pallas_delta_tpu if settings.rule == "delta" else _pallas_add_tpu
 
 
 def _context(settings: Settings) -> Any:
@@ -73,12 +91,12 @@ def unsupported(
 ) -> str | None:
     K, V = q.shape[-1], v.shape[-1]
     for name, dim in (("K", K), ("V", V)):
-        if dim & (dim - 1) or not tools.SMALLEST <= dim <= tools.LARGEST:
-            return f"{name}={dim}; a Triton kernel takes powers of two from {tools.SMALLEST} to {tools.LARGEST}"
+        if dim & (dim - 1) or not given.SMALLEST <= dim <= given.LARGEST:
+            return f"{name}={dim}; a Triton kernel takes powers of two from {given.SMALLEST} to {given.LARGEST}"
     if jnp.float64 in {x.dtype for x in (q, k, v, log_decay, beta) if x is not None}:
         return "float64 arguments; the kernels compute in float32"
-    if return_chunk_states and chunk_size < tools.SMALLEST:
-        return f"return_chunk_states with chunk_size={chunk_size}; a Triton product needs {tools.SMALLEST} tokens"
+    if return_chunk_states and chunk_size < given.SMALLEST:
+        return f"return_chunk_states with chunk_size={chunk_size}; a Triton product needs {given.SMALLEST} tokens"
     return None
 
 
@@ -86,7 +104,13 @@ def run(*, normalizer: str, platform: str = "gpu", **arguments: Any) -> Any:
     plain = functools.partial(_plain, platform=platform)
     if normalizer == "none":
         return plain(normalizer=normalizer, **arguments)
-    return _pallas_normalized.run(plain, normalizer=normalizer, **arguments)
+    return _normalized.run(plain, normalizer=normalizer, **arguments)
+
+
+def _tpu_chunk(rule: str, low: Any, *, vector: bool) -> int:
+    if pallas.interpreting():
+        return INTERPRETED_CHUNK[rule]
+    return TPU_FULL_CHUNK if low == jnp.float32 and (vector or rule == "delta") else TPU_CHUNK
 
 
 def _plain(
@@ -109,24 +133,23 @@ def _plain(
 ) -> Any:
     B, T, H, V = v.shape
     vector = log_decay is not None and log_decay.ndim == 4
+    low = jnp.result_type(q, k, v)
     if platform == "gpu":
-        length, least = tools.blocks("forward", q.shape[-1], V, q.dtype.itemsize, vector=vector).chunk, tools.SMALLEST
+        length, least = tools.blocks("forward", q.shape[-1], V, q.dtype.itemsize, vector=vector).chunk, given.SMALLEST
     else:
-        length, least = (16 if pallas.interpreting() else TPU_CHUNK), 8
+        length, least = _tpu_chunk(rule, low, vector=vector), 8
     if return_chunk_states:
         length = min(length, chunk_size)
     length = max(least, min(length, 1 << (T - 1).bit_length()))
     gated = beta is not None or log_input is not None
     u = beta if log_input is None else jnp.exp(log_input) if beta is None else beta * jnp.exp(log_input)
-    g = None if log_decay is None else jnp.maximum(log_decay, tools.LOWEST)
+    g = None if log_decay is None else jnp.maximum(log_decay, given.LOWEST)
     if g is not None and not vector:
         g = jnp.broadcast_to(g, (B, T, H))
     if segment_ids is not None:
         real = (segment_ids != 0)[..., None]
         u = jnp.where(real, jnp.float32(1.0) if u is None else u, 0.0) * jnp.ones((1, 1, H), jnp.float32)
         g = None if g is None else jnp.where(real[..., None] if vector else real, g, 0.0)
-
-    low = jnp.result_type(q, k, v)
 
     def padded(x: Array) -> Array:
         return jnp.pad(x, [(0, 0), (0, -T % length)] + [(0, 0)] * (x.ndim - 2))
@@ -140,6 +163,7 @@ def _plain(
     stride = chunk_size // length if return_chunk_states else None
     settings = Settings(
         platform=platform,
+        rule=rule,
         scale=scale,
         chunk=length,
         return_final=return_final_state,

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 
+from mlt_kernels.linear_recurrence import _kernel_inputs as given
 from mlt_kernels.linear_recurrence import _pallas_tools as tools
-from mlt_kernels.linear_recurrence._pallas_tools import Arrays, Layout, Refs, Settings, dot, rows, update, walk
+from mlt_kernels.linear_recurrence._kernel_inputs import Arrays
+from mlt_kernels.linear_recurrence._pallas_tools import Layout, Refs, Settings, dot, rows, update, walk
 
 
 class Factors(NamedTuple):
@@ -186,7 +187,7 @@ def _values_kernel(refs: Refs, *, scale: float, C: int, J: int, stride: int | No
 
 
 def forward(settings: Settings, arrays: Arrays, segment_ids: Array | None) -> tuple[Array, Array | None, Array | None]:
-    documents, place = tools.documents(segment_ids, settings.chunk)
+    documents, place = given.documents(segment_ids, settings.chunk)
     at = Layout(settings, arrays, "forward")
     inputs: dict[str, Any] = {} if arrays.state is None else {"state": (arrays.state, at.state())}
     outputs: dict[str, Any] = {"o": (jax.ShapeDtypeStruct(arrays.v.shape, arrays.v.dtype), at.values())}
@@ -208,7 +209,7 @@ def backward(
     d_final: Array | None,
     d_states: Array | None,
 ) -> Arrays:
-    documents, place = tools.documents(segment_ids, settings.chunk)
+    documents, place = given.documents(segment_ids, settings.chunk)
     B, T, H, V = arrays.v.shape
     Hk, K = arrays.q.shape[2:]
     stride, number = settings.anchor, -(-(T // settings.chunk) // settings.anchor)
@@ -244,52 +245,10 @@ def backward(
     of_values = tools.sweep(settings, arrays, documents, at, _values_kernel, inputs, outputs, stride, place)
 
     return Arrays(
-        q=tools.by_key_head(of_queries["dq"], arrays.q),
-        k=tools.by_key_head(of_keys["dk"], arrays.k),
+        q=given.by_key_head(of_queries["dq"], arrays.q),
+        k=given.by_key_head(of_keys["dk"], arrays.k),
         v=of_values["dv"],
-        g=decay_gradient(of_queries, of_keys, documents, settings.chunk, stride) if decayed else None,
+        g=given.decay_gradient(of_queries, of_keys, documents, settings.chunk, stride) if decayed else None,
         u=tools.write_gradient(settings, arrays, of_values),
         state=of_values.get("d_initial"),
     )
-
-
-def decay_gradient(
-    of_queries: dict[str, Array], of_keys: dict[str, Array], documents: tools.Documents | None, C: int, stride: int
-) -> Array:
-    """(B, T, H): what each log decay feels, from reads and writes of states it lies between.
-
-    What decays feel of a state that passes their whole chunk is known in the last chunk of each group. Before it, it follows
-    chunk by chunk: what passes a chunk is what passes the next one or is read there, less what the chunk itself wrote.
-    """
-    parts = [jnp.sum(x, axis=0) for x in (of_queries["pairs"], of_queries["reads"], of_keys["writes"])]
-    B, H, T = parts[0].shape
-    pairs, reads, writes = (x.reshape(B, H, T // C, C) for x in parts)
-    whole = None if documents is None else (documents.first_end_BJ < 0)[:, None, :]
-    last = jnp.sum(of_keys["through"], axis=0)
-    through = _through(jnp.sum(reads, axis=3), jnp.sum(writes, axis=3), last, whole, stride)
-    t = jnp.arange(C)
-    later = (t[:, None] >= t).astype(jnp.float32)  # (i, t): reads at or after t
-    earlier = (t[:, None] < t).astype(jnp.float32)  # (j, t): writes before t
-    felt = jnp.matmul(reads, later, precision=tools.HIGHEST) + jnp.matmul(writes, earlier, precision=tools.HIGHEST)
-    return jnp.swapaxes((pairs + felt + through[..., None]).reshape(B, H, T), 1, 2)
-
-
-def _through(reads: Array, writes: Array, last: Array, whole: Array | None, stride: int) -> Array:
-    """(B, H, J): what states that pass a whole chunk feel there, given that of each group's last; 0 where a document starts."""
-    B, H, J = reads.shape
-    number = -(-J // stride)
-    padding = [(0, 0), (0, 0), (0, number * stride - J)]
-    reads, writes = (jnp.pad(x, padding).reshape(B, H, number, stride) for x in (reads, writes))
-    if whole is not None:
-        whole = jnp.pad(whole, padding).reshape(B, 1, number, stride)
-    lengths = np.minimum(stride, J - stride * np.arange(number))
-    through = jnp.zeros_like(last)
-    felt: list[Array] = []
-    for n in reversed(range(stride)):
-        through = through - writes[..., n]
-        if whole is not None:
-            through = jnp.where(whole[..., n], through, 0.0)
-        through = jnp.where(lengths == n + 1, last, through)
-        felt.append(through)
-        through = through + reads[..., n]
-    return jnp.stack(felt[::-1], axis=3).reshape(B, H, -1)[:, :, :J]

@@ -22,8 +22,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
+from mlt_kernels.linear_recurrence import _kernel_inputs as given
 from mlt_kernels.linear_recurrence import _pallas_tools as tools
-from mlt_kernels.linear_recurrence._pallas_tools import Arrays, Layout, Refs, Settings, dot, rows, walk
+from mlt_kernels.linear_recurrence._kernel_inputs import Arrays
+from mlt_kernels.linear_recurrence._pallas_tools import Layout, Refs, Settings, dot, rows, walk
 
 
 class Factors(NamedTuple):
@@ -94,14 +96,14 @@ def _inner_kernel(refs: Refs, *, scale: float, C: int, K: int) -> None:
     if "u" in refs:
         d_scores = d_scores * refs["u"][tokens][None, :]
     g = refs["g"][tokens, :]
-    coarse = jnp.floor(g * tools.GRID) / tools.GRID
+    coarse = jnp.floor(g * given.GRID) / given.GRID
     within = (column <= row) & (first[:, None] <= column)
     sums = _sums(within, coarse), _sums(within, g - coarse)
 
     def key(j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         coarse, fine, dq, felt = carry
         k, own = refs["k"][c * C + j, :].astype(jnp.float32), refs["g"][c * C + j, :]
-        own_coarse = jnp.floor(own * tools.GRID) / tools.GRID
+        own_coarse = jnp.floor(own * given.GRID) / given.GRID
         meets = ((place >= j) & (first <= j))[:, None]
         # What is left of the sums from each query's document's or the chunk's start: from the key to the query.
         coarse = coarse - jnp.where(meets, own_coarse[None, :], 0.0)
@@ -223,7 +225,7 @@ def _values_kernel(refs: Refs, *, scale: float, C: int, J: int, stride: int | No
 
 
 def forward(settings: Settings, arrays: Arrays, segment_ids: Array | None) -> tuple[Array, Array | None, Array | None]:
-    documents, _ = tools.documents(segment_ids, settings.chunk)
+    documents, _ = given.documents(segment_ids, settings.chunk)
     pairs = _pairs(settings, arrays, documents)
     at = Layout(settings, arrays, "forward")
     outputs = {"o": (jax.ShapeDtypeStruct(arrays.v.shape, arrays.v.dtype), at.values())}
@@ -247,7 +249,7 @@ def backward(
     d_final: Array | None,
     d_states: Array | None,
 ) -> Arrays:
-    documents, _ = tools.documents(segment_ids, settings.chunk)
+    documents, _ = given.documents(segment_ids, settings.chunk)
     B, T, H, V = arrays.v.shape
     Hk, K = arrays.q.shape[2:]
     stride, number = settings.anchor, -(-(T // settings.chunk) // settings.anchor)
@@ -292,8 +294,8 @@ def backward(
     of_values = tools.sweep(settings, arrays, documents, at, _values_kernel, inputs, outputs, stride)
 
     return Arrays(
-        q=tools.by_key_head(of_queries["dq"], arrays.q),
-        k=tools.by_key_head(of_keys["dk"], arrays.k),
+        q=given.by_key_head(of_queries["dq"], arrays.q),
+        k=given.by_key_head(of_keys["dk"], arrays.k),
         v=of_values["dv"],
         g=of_keys["dg"],
         u=tools.write_gradient(settings, arrays, of_values),
@@ -301,7 +303,7 @@ def backward(
     )
 
 
-def _pairs(settings: Settings, arrays: Arrays, documents: tools.Documents | None) -> Array:
+def _pairs(settings: Settings, arrays: Arrays, documents: given.Documents | None) -> Array:
     """(B, H, T, C) float32."""
     at = Layout(settings, arrays, "pairs")
     operands = tools.operands(arrays, at)

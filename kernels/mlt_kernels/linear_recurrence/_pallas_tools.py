@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from mlt_kernels import pallas, segments
+from mlt_kernels import pallas
+from mlt_kernels.linear_recurrence._kernel_inputs import HIGHEST, Arrays, Documents, decay_sums
 
 ANCHOR = 16
 """Chunks between two states that the forward sweep of a backward pass leaves to the backward sweep."""
@@ -21,50 +22,6 @@ OF_VALUES = ("forward", "values")
 """Kernels whose programs own a slab of V and all of K; `queries` and `keys` own a slab of K and all of V."""
 TOKEN_PARALLEL = ("pairs", "inner")
 """Kernels of vector decays whose programs own a chunk, with all of K and V."""
-HIGHEST = jax.lax.Precision.HIGHEST
-LOWEST = -128.0
-"""Log decays are clamped here; from -104 on, exp is 0 in float32."""
-GRID = 2.0**8
-SMALLEST, LARGEST = 16, 256
-"""Key and value dims that a Triton kernel takes: its products need 16, its registers end at 256."""
-
-
-class Documents(NamedTuple):
-    """Where the documents lie in the chunks. A chunk is entered with a document if its first token continues it."""
-
-    first_BT: Array  # place in its chunk of the first token of a token's document, -1 if entered with it; padding: C
-    first_end_BJ: Array  # the same of the document that each chunk is left with; padding belongs to what precedes it
-
-
-def documents(segment_ids_BT: Array | None, length: int) -> tuple[Documents | None, Array | None]:
-    """Documents, and the same places with padding told as what precedes it, for T a multiple of the chunk length."""
-    if segment_ids_BT is None:
-        return None, None
-    B, T = segment_ids_BT.shape
-    start_BJC = segments.starts(segment_ids_BT).reshape(B, T // length, length)
-    place_BJC = jax.lax.cummax(jnp.where(start_BJC, jnp.arange(length, dtype=jnp.int32), -1), axis=2)
-    first_BT = jnp.where(segment_ids_BT != 0, place_BJC.reshape(B, T), length)
-    return Documents(first_BT, place_BJC[:, :, -1]), place_BJC
-
-
-def decay_sums(g_BTH: Array, place_BJC: Array | None, length: int) -> tuple[Array, Array]:
-    """(B, H, T) twice: log decays summed since the chunk or the document began, as a coarse part and a rest.
-
-    The coarse parts are multiples of 1/256, whose sums and differences are exact: in one float32 sum a few strong
-    decays would leave no digits for the mild ones that follow.
-    """
-    B, T, H = g_BTH.shape
-    place = jnp.arange(length)
-    lower_CC = place[:, None] >= place
-    coarse_BTH = jnp.round(g_BTH * GRID) / GRID
-    parts = jnp.stack([coarse_BTH, g_BTH - coarse_BTH]).reshape(2, B, T // length, length, H)
-    if place_BJC is None:
-        sums = jnp.einsum("ij,pbcjh->pbhci", lower_CC.astype(g_BTH.dtype), parts, precision=HIGHEST)
-    else:
-        within = (lower_CC & (place_BJC[..., None] <= place)).astype(g_BTH.dtype)
-        sums = jnp.einsum("bcij,pbcjh->pbhci", within, parts, precision=HIGHEST)
-    sums = sums.reshape(2, B, H, T)
-    return sums[0], sums[1]
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
@@ -163,6 +120,7 @@ class Settings:
     """What does not change with the numbers of a call."""
 
     platform: str  # "gpu" or "tpu"
+    rule: str  # "add" or, on a TPU, "delta"
     scale: float
     chunk: int
     return_final: bool
@@ -170,18 +128,6 @@ class Settings:
     gated_writes: bool  # write strengths have a gradient
     anchor: int  # chunks between two states left for the decays' gradients; the same where states are returned
     interpreting: bool
-
-
-class Arrays(NamedTuple):
-    """Differentiable inputs. g: log decays (B, T, H) or (B, T, H, K), at least -128. u: write strengths (B, T, H), 0 at
-    padding."""
-
-    q: Array
-    k: Array
-    v: Array
-    g: Array | None
-    u: Array | None
-    state: Array | None
 
 
 class Layout:
@@ -358,12 +304,6 @@ def sweep(
         outputs=outputs,
         sizes=at.sizes,
     )
-
-
-def by_key_head(x_BTHK: Array, like: Array) -> Array:
-    """Sums a gradient of every value head over those that read one query/key head."""
-    B, T, Hk, K = like.shape
-    return jnp.sum(x_BTHK.reshape(B, T, Hk, -1, K), axis=3).astype(like.dtype) if x_BTHK.shape[2] != Hk else x_BTHK
 
 
 def write_gradient(settings: Settings, arrays: Arrays, of_values: dict[str, Array]) -> Array | None:

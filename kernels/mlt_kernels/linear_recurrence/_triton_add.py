@@ -1,89 +1,25 @@
-"""The add rule with no decay or one decay a head, in Triton kernels.
-
-Forward: one kernel, with a slab of V of the state in registers; only o leaves (and the states that the caller asks for).
-Backward: three kernels, each of which recomputes its own state. `queries` walks forwards and gives dq; `keys` and `values`
-walk backwards and give dk and dv. The forward saves no state. Only where decays have gradients do `queries` and `keys` leave
-the state that enters one chunk in 16 and the cotangent of the one that leaves it (float32): their product is what the decays of
-that chunk feel of the state that passes it, and what a decay feels between two such anchors is then a difference of few and near
-terms (see `_pallas_add_scalar.decay_gradient`).
-
-Letters: B rows, T tokens, J chunks, H value heads, X slabs, K key dim, V value dim.
+"""The add rule in Triton kernels: `_triton_add_scalar` (no decay or one decay a head) and `_triton_add_vector` (one a key dim).
+This file ties their forward and backward passes together.
 """
 
 import functools
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from mlt_kernels import triton_calls
-from mlt_kernels.linear_recurrence import _pallas_tools as tools
-from mlt_kernels.linear_recurrence._pallas_add_scalar import decay_gradient
-
-KERNELS = "linear_recurrence._triton_kernels"
-ANCHOR = 16
-"""Chunks between two states that are left for the decays' gradients."""
-OF_VALUES = ("forward", "values")
+from mlt_kernels.linear_recurrence import _triton_add_scalar, _triton_add_vector
+from mlt_kernels.linear_recurrence._kernel_inputs import Arrays
+from mlt_kernels.linear_recurrence._triton_tools import Settings
 
 
-class Settings(NamedTuple):
-    """What does not change with the numbers of a call."""
-
-    scale: float
-    chunk: int
-    stride: int | None  # chunks between two returned states
-    gated: bool  # write strengths have a gradient
-    interpret: bool
-
-    @property
-    def anchor(self) -> int:
-        return self.stride or (2 if self.interpret else ANCHOR)
-
-
-class Arrays(NamedTuple):
-    """Differentiable inputs. g: log decays (B, T, H), at least -128. u: write strengths (B, T, H), 0 at padding."""
-
-    q: Array
-    k: Array
-    v: Array
-    g: Array | None
-    u: Array | None
-    state: Array | None
-
-
-class Sizes(NamedTuple):
-    """Block sizes of one kernel: its part of K and V, warps and pipeline stages."""
-
-    keys: int
-    values: int
-    warps: int
-    stages: int
-
-
-def chunk_length(K: int, V: int, item_bytes: int) -> int:
+def chunk_length(K: int, V: int, item_bytes: int, vector: bool) -> int:
     """Tokens of a chunk: 64 fill Hopper's matrix unit; float32 products are three, for which the registers do not do."""
     if triton_calls.interpreting():
         return 16
-    return 16 if item_bytes == 4 else 32 if max(K, V) > 128 else 64
-
-
-def sizes(kernel: str, K: int, V: int, item_bytes: int) -> Sizes:
-    """One choice for every GPU until one is measured: registers and spills are in kernels/reports/triton_registers.md."""
-    whole_K, whole_V = (max(16, 1 << (x - 1).bit_length()) for x in (K, V))
-    along, across = (whole_V, whole_K) if kernel in OF_VALUES else (whole_K, whole_V)
-    if triton_calls.interpreting():
-        slab, warps, stages = 16, 4, 1
-    elif item_bytes == 4:
-        slab, warps, stages = min(along, 32), 4 if across <= 128 else 8, 1
-    elif across > 128:
-        slab, warps, stages = min(along, 32), 8, 2
-    elif kernel == "values" and across > 64:
-        slab, warps, stages = min(along, 32), 4, 3
-    else:
-        slab, warps, stages = min(along, 64), 8, 3
-    return Sizes(whole_K, slab, warps, stages) if kernel in OF_VALUES else Sizes(slab, whole_V, warps, stages)
+    return 16 if item_bytes == 4 else 32 if max(K, V) > 128 and not vector else 64
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -93,142 +29,16 @@ def recurrence(settings: Settings, arrays: Arrays, segment_ids: Array | None) ->
 
 
 def _forward(settings: Settings, arrays: Arrays, segment_ids: Array | None) -> tuple[Any, Any]:
-    B, T, H, V = arrays.v.shape
-    K, stride = arrays.q.shape[-1], settings.stride
-    number = -(-(T // settings.chunk) // stride) if stride else 0
-    state = jax.ShapeDtypeStruct((B, H, K, V), jnp.float32)
-    states = jax.ShapeDtypeStruct((B, number, H, K, V) if stride else (1,), jnp.float32)
-    o, final, states = _call(
-        "forward",
-        settings,
-        arrays,
-        segment_ids,
-        [arrays.state],
-        [jax.ShapeDtypeStruct(arrays.v.shape, arrays.v.dtype), state, states],
-        HAS_INITIAL=arrays.state is not None,
-        STRIDE=stride or 0,
-    )
-    return (o, final, states if stride else None), (arrays, segment_ids)
+    return _kernels(arrays.g).forward(settings, arrays, segment_ids), (arrays, segment_ids)
 
 
 def _backward(settings: Settings, saved: Any, grads: Any) -> tuple[Arrays, None]:
-    with triton_calls.interpret(settings.interpret):
-        return _gradients(settings, *saved, *grads), None
+    with triton_calls.interpret(settings.interpret):  # A gradient may be traced after the caller has left it.
+        return _kernels(saved[0].g).backward(settings, *saved, *grads), None
 
 
 recurrence.defvjp(_forward, _backward)
 
 
-def _gradients(
-    settings: Settings, arrays: Arrays, segment_ids: Array | None, do: Array, d_final: Array, d_states: Array | None
-) -> Arrays:
-    (B, T, H, V), (Hk, K) = arrays.v.shape, arrays.q.shape[2:]
-    stride, decayed, float32 = settings.anchor, arrays.g is not None, jnp.float32
-    number = -(-(T // settings.chunk) // stride)
-    # A query/key head that several value heads read has its gradient summed over them, in float32.
-    d_key = jax.ShapeDtypeStruct((B, T, H, K), arrays.q.dtype if Hk == H else float32)
-
-    def partial(kernel: str, length: int, wanted: bool) -> jax.ShapeDtypeStruct:
-        slabs = _slabs(sizes(kernel, K, V, arrays.q.dtype.itemsize), kernel, K, V)
-        return jax.ShapeDtypeStruct((slabs, B, H, length) if wanted else (1,), float32)
-
-    states = jax.ShapeDtypeStruct((B, number, H, K, V) if decayed else (1,), float32)
-    dq, reads, pairs, anchors = _call(
-        "queries",
-        settings,
-        arrays,
-        segment_ids,
-        [arrays.state, do],
-        [d_key, partial("queries", T, decayed), partial("queries", T, decayed), states],
-        HAS_INITIAL=arrays.state is not None,
-        STRIDE=stride,
-    )
-    cotangents = {"HAS_FINAL": True, "HAS_STATES": d_states is not None, "STRIDE": stride}
-    dk, writes, d_anchors = _call(
-        "keys",
-        settings,
-        arrays,
-        segment_ids,
-        [do, d_final, d_states],
-        [d_key, partial("keys", T, decayed), states],
-        **cotangents,
-    )
-    dv, du, d_initial = _call(
-        "values",
-        settings,
-        arrays,
-        segment_ids,
-        [do, d_final, d_states],
-        [
-            jax.ShapeDtypeStruct(arrays.v.shape, arrays.v.dtype),
-            partial("values", T, settings.gated),
-            jax.ShapeDtypeStruct((B, H, K, V), float32),
-        ],
-        GATED=settings.gated,
-        **cotangents,
-    )
-    d_g = None
-    if arrays.g is not None:
-        documents, place = tools.documents(segment_ids, settings.chunk)
-        passed = _passed(tools.decay_sums(arrays.g, place, settings.chunk), documents, settings.chunk, stride)
-        through = {"writes": writes, "through": (passed * jnp.sum(anchors * d_anchors, axis=(3, 4)).swapaxes(1, 2))[None]}
-        d_g = decay_gradient({"pairs": pairs, "reads": reads}, through, documents, settings.chunk, stride)
-    d_u = None if arrays.u is None else jnp.zeros_like(arrays.u)
-    return Arrays(
-        q=tools.by_key_head(dq, arrays.q),
-        k=tools.by_key_head(dk, arrays.k),
-        v=dv,
-        g=d_g,
-        u=jnp.swapaxes(jnp.sum(du, axis=0), 1, 2) if settings.gated else d_u,
-        state=None if arrays.state is None else d_initial,
-    )
-
-
-def _passed(sums: tuple[Array, Array], documents: tools.Documents | None, C: int, stride: int) -> Array:
-    """(B, H, N): what is left of the state that enters the last of every `stride` chunks when it leaves it."""
-    J = sums[0].shape[2] // C
-    last = np.minimum(np.arange(stride, J + stride, stride), J) - 1
-    passed = jnp.exp(sums[0][..., last * C + C - 1] + sums[1][..., last * C + C - 1])
-    return passed if documents is None else jnp.where(documents.first_end_BJ[:, None, last] < 0, passed, 0.0)
-
-
-def _slabs(at: Sizes, kernel: str, K: int, V: int) -> int:
-    return -(-V // at.values) if kernel in OF_VALUES else -(-K // at.keys)
-
-
-def _call(
-    kernel: str,
-    settings: Settings,
-    arrays: Arrays,
-    segment_ids: Array | None,
-    inputs: list[Array | None],
-    outputs: list[jax.ShapeDtypeStruct],
-    **options: Any,
-) -> list[Array]:
-    (B, T, H, V), (HK, K) = arrays.v.shape, arrays.q.shape[2:]
-    at = sizes(kernel, K, V, arrays.q.dtype.itemsize)
-    documents, place = tools.documents(segment_ids, settings.chunk)
-    sums = (None, None) if arrays.g is None else tools.decay_sums(arrays.g, place, settings.chunk)
-    u = None if arrays.u is None else jnp.swapaxes(arrays.u, 1, 2)
-    gates = [*sums, u, *((None, None) if documents is None else documents)]
-    nothing = triton_calls.nothing()
-    return triton_calls.call(
-        f"{KERNELS}:{kernel}",
-        [*arrays[:3], *(nothing if x is None else x for x in (*gates, *inputs)), T, T // settings.chunk],
-        outputs,
-        grid=(_slabs(at, kernel, K, V), H, B),
-        warps=at.warps,
-        stages=at.stages,
-        H=H,
-        HK=HK,
-        K=K,
-        V=V,
-        C=settings.chunk,
-        KEYS=at.keys,
-        VALUES=at.values,
-        SCALE=settings.scale,
-        HAS_G=arrays.g is not None,
-        HAS_U=arrays.u is not None,
-        HAS_DOCS=documents is not None,
-        **options,
-    )
+def _kernels(g: Array | None) -> ModuleType:
+    return _triton_add_vector if g is not None and g.ndim == 4 else _triton_add_scalar

@@ -2,8 +2,8 @@
 
 `forward` and `values` own a slab of V and all of K, `queries` and `keys` a slab of K and all of V; slabs of a sum over the
 other dim are added up outside. q, k (B, T, Hk, K); v (B, T, H, V); by head (B, H, T) float32: write strengths u, and sums of
-log decays as a coarse part and a rest (see `_pallas_tools.decay_sums`); first (B, T) and first_end (B, J) int32: see
-`_pallas_tools.Documents`. T is J chunks of C tokens (i as query, j as key).
+log decays as a coarse part and a rest (see `_kernel_inputs.decay_sums`); first (B, T) and first_end (B, J) int32: see
+`_kernel_inputs.Documents`. T is J chunks of C tokens (i as query, j as key).
 """
 
 import os
@@ -55,6 +55,31 @@ def _writes(u, head, c, T, C: tl.constexpr, HAS_U: tl.constexpr):
     if HAS_U:
         return tl.load(u + head * T + c * C + tl.arange(0, C))
     return tl.full((C,), 1.0, tl.float32)
+
+
+@triton.jit
+def _group(b, c, h, J, H: tl.constexpr, STRIDE: tl.constexpr):
+    """Which state of (B, N, H, K, V) belongs to the group of STRIDE chunks that chunk c is in."""
+    return (b * tl.cdiv(J, STRIDE) + c // STRIDE) * H + h
+
+
+@triton.jit
+def _ends_group(c, J, STRIDE: tl.constexpr):
+    return ((c + 1) % STRIDE == 0) | (c + 1 == J)
+
+
+@triton.jit
+def _with_cotangent(d_state, d_states, b, c, h, k, v, J, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, STRIDE: tl.constexpr):
+    """d_state and, if a group begins with chunk c, the cotangent of the state that the caller was given there."""
+    if c % STRIDE == 0:
+        d_state += _state(d_states, _group(b, c, h, J, H, STRIDE), k, v, K, V)
+    return d_state
+
+
+@triton.jit
+def _scaled(x, by):
+    """Rows of x times a factor each, in the dtype of x."""
+    return (x.to(tl.float32) * by[:, None]).to(x.dtype)
 
 
 @triton.jit
@@ -149,7 +174,7 @@ def forward(
     for c in range(0, J):
         if STRIDE > 0:  # noqa: SIM102
             if c % STRIDE == 0:
-                _store_state(states, state, (b * tl.cdiv(J, STRIDE) + c // STRIDE) * H + h, kk, vv, K, V)
+                _store_state(states, state, _group(b, c, h, J, H, STRIDE), kk, vv, K, V)
         q_CK = _tokens(q, b, c, hk, kk, T, HK, K, C)
         k_CK = _tokens(k, b, c, hk, kk, T, HK, K, C)
         v_CV = _tokens(v, b, c, h, vv, T, H, V, C)
@@ -158,7 +183,7 @@ def forward(
         scores = _dot(q_CK, tl.trans(k_CK)) * pair * u_C[None, :]
         o_CV = _dot(scores.to(v_CV.dtype), v_CV) + into[:, None] * _dot(q_CK, state.to(q_CK.dtype))
         _store_tokens(o, SCALE * o_CV, b, c, h, vv, T, H, V, C)
-        written = (v_CV.to(tl.float32) * (u_C * out)[:, None]).to(k_CK.dtype)
+        written = _scaled(v_CV, u_C * out)
         state = kept * state + _dot(tl.trans(k_CK), written)
     _store_state(final, state, head, kk, vv, K, V)
 
@@ -208,8 +233,8 @@ def queries(
         state = _state(initial, head, kk, vv, K, V)
     for c in range(0, J):
         if HAS_G:  # noqa: SIM102
-            if ((c + 1) % STRIDE == 0) | (c + 1 == J):
-                _store_state(anchors, state, (b * tl.cdiv(J, STRIDE) + c // STRIDE) * H + h, kk, vv, K, V)
+            if _ends_group(c, J, STRIDE):
+                _store_state(anchors, state, _group(b, c, h, J, H, STRIDE), kk, vv, K, V)
         k_CK = _tokens(k, b, c, hk, kk, T, HK, K, C)
         v_CV = _tokens(v, b, c, h, vv, T, H, V, C)
         do_CV = _tokens(do, b, c, h, vv, T, H, V, C)
@@ -227,7 +252,7 @@ def queries(
             part = (tl.program_id(0) * tl.num_programs(2) * H + head) * T + c * C + place
             tl.store(reads + part, tl.sum(q_CK.to(tl.float32) * inter, axis=1))
             tl.store(pairs + part, felt)
-        written = (v_CV.to(tl.float32) * (u_C * out)[:, None]).to(k_CK.dtype)
+        written = _scaled(v_CV, u_C * out)
         state = kept * state + _dot(tl.trans(k_CK), written)
 
 
@@ -272,15 +297,14 @@ def keys(
     kk = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     vv = tl.arange(0, VALUES)
     part = tl.program_id(0) * tl.num_programs(2) * H + head
-    N = tl.cdiv(J, STRIDE)
     d_state = tl.zeros((KEYS, VALUES), tl.float32)
     if HAS_FINAL:
         d_state = _state(d_final, head, kk, vv, K, V)
     for step in range(0, J):
         c = J - 1 - step
         if HAS_G:  # noqa: SIM102
-            if ((c + 1) % STRIDE == 0) | (step == 0):
-                _store_state(d_anchors, d_state, (b * N + c // STRIDE) * H + h, kk, vv, K, V)
+            if _ends_group(c, J, STRIDE):
+                _store_state(d_anchors, d_state, _group(b, c, h, J, H, STRIDE), kk, vv, K, V)
         q_CK = _tokens(q, b, c, hk, kk, T, HK, K, C)
         v_CV = _tokens(v, b, c, h, vv, T, H, V, C)
         do_CV = _tokens(do, b, c, h, vv, T, H, V, C)
@@ -292,11 +316,10 @@ def keys(
         if HAS_G:
             k_CK = _tokens(k, b, c, hk, kk, T, HK, K, C)
             tl.store(writes + part * T + c * C + tl.arange(0, C), tl.sum(k_CK.to(tl.float32) * inter, axis=1))
-        read = (do_CV.to(tl.float32) * (SCALE * into)[:, None]).to(q_CK.dtype)
+        read = _scaled(do_CV, SCALE * into)
         d_state = kept * d_state + _dot(tl.trans(q_CK), read)
-        if HAS_STATES:  # noqa: SIM102
-            if c % STRIDE == 0:
-                d_state += _state(d_states, (b * N + c // STRIDE) * H + h, kk, vv, K, V)
+        if HAS_STATES:
+            d_state = _with_cotangent(d_state, d_states, b, c, h, kk, vv, J, H, K, V, STRIDE)
 
 
 @triton.jit
@@ -356,9 +379,8 @@ def values(
         if GATED:
             v_CV = _tokens(v, b, c, h, vv, T, H, V, C).to(tl.float32)
             tl.store(du + part * T + c * C + tl.arange(0, C), tl.sum(v_CV * d_write, axis=1))
-        read = (do_CV.to(tl.float32) * (SCALE * into)[:, None]).to(q_CK.dtype)
+        read = _scaled(do_CV, SCALE * into)
         d_state = kept * d_state + _dot(tl.trans(q_CK), read)
-        if HAS_STATES:  # noqa: SIM102
-            if c % STRIDE == 0:
-                d_state += _state(d_states, (b * tl.cdiv(J, STRIDE) + c // STRIDE) * H + h, kk, vv, K, V)
+        if HAS_STATES:
+            d_state = _with_cotangent(d_state, d_states, b, c, h, kk, vv, J, H, K, V, STRIDE)
     _store_state(d_initial, d_state, head, kk, vv, K, V)

@@ -1,9 +1,7 @@
-"""TPU kernels in Pallas for the add rule with no decay or one decay a head; see `_pallas_add_tpu`.
+"""TPU kernels in Pallas: `_pallas_add_tpu` and `_pallas_delta_tpu` for no decay or one a head, `_pallas_vector_tpu` for one a key
+dim, under both rules.
 
-The delta rule and vector decays stay with `chunked`: their small triangular solves and (16, 16) tiles do not fill a TPU's
-(128, 128) matrix unit, and no measurement says that a kernel would beat XLA there.
-
-Status: numbers checked in interpret mode, programs lowered for a TPU; not compiled for one and not run on one.
+Status: numbers checked in interpret mode, programs compiled for TPU v4 to v6e (`tools/compile_tpu.py`); not run on one.
 """
 
 from typing import Any
@@ -17,6 +15,11 @@ from mlt_kernels.linear_recurrence import NormalizedState, _pallas_add
 LARGEST_STATE = 256 * 512
 """Elements of a state: with its cotangent, an anchor and their copies it must fit 16 MiB of fast memory."""
 
+LARGEST = 512
+"""Key or value dim: the tiles of (128, K) and (128, V) must fit beside the state."""
+LARGEST_KEY = 256
+"""Key dim with one decay a key dim, whose kernels hold some twenty tiles of (128, K)."""
+
 
 def unsupported(
     *,
@@ -25,20 +28,19 @@ def unsupported(
     v: Array,
     log_decay: Array | None,
     beta: Array | None,
-    rule: str,
     chunk_size: int,
     return_chunk_states: bool,
     **_: Any,
 ) -> str | None:
-    if rule != "add":
-        return f"there is no kernel for rule={rule!r}"
-    if log_decay is not None and log_decay.ndim == 4:
-        return "there is no kernel for a log_decay of every key dim"
     K, V = q.shape[-1], v.shape[-1]
     if K % 8 or V % 8:
         return f"K={K}, V={V}; a TPU's tiles have 8 rows"
+    if max(K, V) > LARGEST:
+        return f"K={K}, V={V}; the kernels take dims of up to {LARGEST}, whose tiles fit fast memory"
     if K * V > LARGEST_STATE:
         return f"K={K}, V={V}; the kernels keep states of up to {LARGEST_STATE} elements in fast memory"
+    if log_decay is not None and log_decay.ndim == 4 and K > LARGEST_KEY:
+        return f"K={K} with a log_decay of every key dim; the kernels keep its sums for K up to {LARGEST_KEY} in fast memory"
     for x in (q, k, v, log_decay, beta):
         if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{x.dtype} arguments; the kernels take float32 and bfloat16"

@@ -1,4 +1,5 @@
-"""GPU kernels in Triton, called through jax-triton: `_triton_add` for the add rule with no decay or one decay a head.
+"""GPU kernels in Triton, called through jax-triton: `_triton_add` for the add rule, `_triton_delta` for the delta rule. This
+file prepares their arguments.
 
 Gates, sums of gates, states and accumulators are float32. Products take operands of the dtype of q, k and v; those of
 float32 are three TF32 products. K and V are any sizes up to 256: masks fill the tiles up to powers of two.
@@ -13,9 +14,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from mlt_kernels import triton_calls
-from mlt_kernels.linear_recurrence import NormalizedState, _pallas_normalized, _triton_add
-from mlt_kernels.linear_recurrence._pallas_tools import LARGEST, LOWEST, SMALLEST
-from mlt_kernels.linear_recurrence._triton_add import Arrays, Settings
+from mlt_kernels.linear_recurrence import _normalized, _triton_add, _triton_delta
+from mlt_kernels.linear_recurrence._kernel_inputs import LARGEST, LOWEST, SMALLEST, Arrays
+from mlt_kernels.linear_recurrence._triton_tools import Settings
+
+RULES = {"add": _triton_add, "delta": _triton_delta}
+"""Modules with `chunk_length` and `recurrence`."""
 
 
 def unsupported(
@@ -25,7 +29,6 @@ def unsupported(
     v: Array,
     log_decay: Array | None,
     beta: Array | None,
-    rule: str,
     chunk_size: int,
     return_chunk_states: bool,
     **_: Any,
@@ -33,10 +36,6 @@ def unsupported(
     reason = triton_calls.unsupported()
     if reason:
         return reason
-    if rule != "add":
-        return f"there is no kernel for rule={rule!r}"
-    if log_decay is not None and log_decay.ndim == 4:
-        return f"log_decay has shape {log_decay.shape}; its kernels take one decay a head"
     for name, dim in (("K", q.shape[-1]), ("V", v.shape[-1])):
         if not 1 <= dim <= LARGEST:
             return f"{name}={dim}; its kernels take 1 to {LARGEST}"
@@ -47,7 +46,7 @@ def unsupported(
     return f"v has shape {v.shape}: nothing to compute" if 0 in v.shape else None
 
 
-def run(
+def _plain(
     *,
     q: Array,
     k: Array,
@@ -58,59 +57,29 @@ def run(
     log_input: Array | None,
     normalizer: str,
     scale: float,
-    initial_state: Array | NormalizedState | None,
-    segment_ids: Array | None,
-    chunk_size: int,
-    return_final_state: bool,
-    return_chunk_states: bool,
-) -> Any:
-    plain = _plain if normalizer == "none" else functools.partial(_pallas_normalized.run, _plain)
-    return plain(
-        q=q,
-        k=k,
-        v=v,
-        log_decay=log_decay,
-        beta=beta,
-        log_input=log_input,
-        normalizer=normalizer,
-        scale=scale,
-        initial_state=initial_state,
-        segment_ids=segment_ids,
-        chunk_size=chunk_size,
-        return_final_state=return_final_state,
-        return_chunk_states=return_chunk_states,
-    )
-
-
-def _plain(
-    *,
-    q: Array,
-    k: Array,
-    v: Array,
-    log_decay: Array | None,
-    beta: Array | None,
-    log_input: Array | None,
-    normalizer: str,
-    scale: float,
     initial_state: Any,
     segment_ids: Array | None,
     chunk_size: int,
     return_final_state: bool,
     return_chunk_states: bool,
 ) -> Any:
-    _, T, H, V = v.shape
+    kernels = RULES[rule]
+    B, T, H, V = v.shape
     low = jnp.result_type(q, k, v)
-    length = _triton_add.chunk_length(q.shape[-1], V, low.itemsize)
+    vector = log_decay is not None and log_decay.ndim == 4
+    length = kernels.chunk_length(q.shape[-1], V, low.itemsize, vector)
     if return_chunk_states:
         length = min(length, chunk_size)
     length = max(SMALLEST, min(length, 1 << (T - 1).bit_length()))
     gated = beta is not None or log_input is not None
     u = beta if log_input is None else jnp.exp(log_input) if beta is None else beta * jnp.exp(log_input)
-    g = None if log_decay is None else jnp.broadcast_to(jnp.maximum(log_decay, LOWEST), (*v.shape[:2], H))
+    g = None if log_decay is None else jnp.maximum(log_decay, LOWEST)
+    if g is not None and g.ndim == 1:
+        g = jnp.broadcast_to(g, (B, T, H))
     if segment_ids is not None:
         real = (segment_ids != 0)[..., None]
         u = jnp.where(real, jnp.float32(1.0) if u is None else u, 0.0) * jnp.ones((1, 1, H), jnp.float32)
-        g = None if g is None else jnp.where(real, g, 0.0)
+        g = None if g is None else jnp.where(real[..., None] if vector else real, g, 0.0)
 
     def padded(x: Array) -> Array:
         return jnp.pad(x, [(0, 0), (0, -T % length)] + [(0, 0)] * (x.ndim - 2))
@@ -123,7 +92,7 @@ def _plain(
     )
     stride = chunk_size // length if return_chunk_states else None
     settings = Settings(scale, length, stride, gated, triton_calls.interpreting())
-    results: Any = _triton_add.recurrence(settings, arrays, None if segment_ids is None else padded(segment_ids))
+    results: Any = kernels.recurrence(settings, arrays, None if segment_ids is None else padded(segment_ids))
     o, final, states = results
     result = [o[:, :T].astype(v.dtype)]
     if return_final_state:
@@ -131,3 +100,10 @@ def _plain(
     if return_chunk_states:
         result.append(states)
     return result[0] if len(result) == 1 else tuple(result)
+
+
+@functools.wraps(_plain)
+def run(*, normalizer: str, **arguments: Any) -> Any:
+    if normalizer == "none":
+        return _plain(normalizer=normalizer, **arguments)
+    return _normalized.run(_plain, normalizer=normalizer, **arguments)
