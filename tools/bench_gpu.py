@@ -38,9 +38,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def backends(row: Row) -> list[str]:
-    """Ours that may run on a GPU: hardware backends of that platform, then the portable one."""
-    wanted = (*dispatch.PREFERENCE["gpu"], "chunked")
-    return [name for name in wanted if name in dispatch.backends(row.op)]
+    """All of ours but those for TPUs, whether or not they are a default: timing them is what this is for."""
+    names = [name for name in dispatch.backends(row.op) if not name.endswith("_tpu")]
+    return sorted(names, key=lambda name: (name in dispatch.PORTABLE, name))
 
 
 def versions() -> str:

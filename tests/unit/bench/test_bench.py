@@ -135,6 +135,9 @@ def test_the_gpu_plan_needs_no_gpu():
     assert script.dry_run(words, said.append)
     text = "\n".join(said)
     assert "mlt chunked: lowers" in text
+    assert "mlt pallas_gpu: lowers" in text
+    assert "mlt triton_gpu: " in text
+    assert "tpu" not in text
     assert "peer fla chunk_hgrn" in text
     assert "floor 0.047" in text
 
