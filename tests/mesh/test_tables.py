@@ -221,7 +221,7 @@ def sharing(accumulation: int = 1, keys: tuple[int, int] = (24, 32)) -> RunConfi
     ring = functools.partial(Ring, name="ring", num_layers=3)
     ultra = functools.partial(UltraMem, num_keys=keys[1], pre_value_dim=8, **search)
     period = Block(mixers=(memory, Parallel(mixers=(SwiGLU(d_ff=16), ultra(ring=ring(number=1))))))
-    head, tail = Block(mixers=(memory, memory.replace(num_heads=1))), Block(mixers=(ultra(ring=ring()),))
+    head, tail = Block(mixers=(memory, memory.replace(num_selected=2))), Block(mixers=(ultra(ring=ring()),))
     stack = Stack(head=(head,), period=(period,), repeats=2, tail=(tail,))
     return config.replace(model=config.model.replace(stack=stack))
 
