@@ -20,6 +20,7 @@ FREE: Mapping[str, str] = {
     "train.start_timeout_seconds": "how long processes wait for each other",
     "train.peer_timeout_seconds": "when a silent process counts as lost",
     "train.hang_timeout_seconds": "when a step counts as hung",
+    "train.check_memory": "whether a state that cannot fit is refused",
     "train.check_every_steps": "steps done twice and compared",
     "log": "where metrics go and how often",
     "checkpoint": "when the state is saved and what is kept",

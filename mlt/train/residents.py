@@ -14,8 +14,8 @@ from mlt.errors import UserError
 from mlt.mixers.channel.engram import ROW_MULTIPLE, Engram, EngramMixer
 from mlt.model.lm import LM
 from mlt.nn.param import ParamSpec, named_leaves, partition, path_name
-from mlt.optim.fit import machine_bytes
 from mlt.optim.table import TableOptimizer, assigned
+from mlt.parallel.memory import machine_bytes
 from mlt.parallel.rules import Rules
 from mlt.parallel.table import MOST_LOCAL_ROWS
 from mlt.train.host_parts import parts_of

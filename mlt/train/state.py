@@ -13,7 +13,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mlt.model.lm import LM
 from mlt.nn.param import initialize, partition, put
 from mlt.optim.base import state_shardings
-from mlt.optim.fit import check_fits
 from mlt.optim.table import filled, without
 from mlt.parallel.rules import Rules
 from mlt.train.guard import GuardState, fresh_guard
@@ -75,12 +74,8 @@ def create_state(
 
     Args:
         given: parameters and buffers by name, laid out as the model's, that are taken as they are; the others are drawn.
-
-    Raises:
-        UserError: tables that the devices cannot hold; nothing has been made then.
     """
     abstract = abstract_state(specs, optimizer, rules)
-    check_fits(abstract, specs, rules, lazy=getattr(optimizer, "lazy", ()))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     given = given or {}
     model = filled(initialize(without(specs, given), seed, without(shardings.model, given)), dict(given))

@@ -12,6 +12,7 @@ from mlt.config.run import RunConfig
 from mlt.nn.param import named_leaves, partition
 from mlt.parallel.mesh import Layout
 from mlt.plan.collectives import Collective, collectives
+from mlt.train.fit import check_fits
 from mlt.train.setup import build_optimizer, describe_model, step_options
 from mlt.train.state import TrainState, abstract_state, create_state
 from mlt.train.step import train_step
@@ -55,9 +56,12 @@ class MeshStep:
         self.specs = describe_model(config)
         self.optimizer = keep_gradients(build_optimizer(config, self.specs))
         options = dataclasses.replace(step_options(config, self.rules, self.specs), dtype=jax.numpy.dtype("float32"))
+        abstract = abstract_state(self.specs, self.optimizer, self.rules)
+        if config.train.check_memory:
+            check_fits(abstract, self.specs, self.rules)
         self.state = create_state(self.specs, self.optimizer, self.rules, seed=seed)
         self.batch = jax.device_put(batch, self.rules.sharding(("batch", "seq")))
-        places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(self.specs, self.optimizer, self.rules))
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         step = functools.partial(train_step, optimizer=self.optimizer, options=options)
         with jax.default_matmul_precision("highest"):
             lowered = jax.jit(step, out_shardings=(places, None)).lower(self.state, self.batch)

@@ -22,9 +22,10 @@ from mlt.export.huggingface.weights import model_of, read_json, read_tensors
 from mlt.model.lm import LMConfig
 from mlt.parallel.mesh import Layout
 from mlt.parallel.rules import Rules
+from mlt.train.fit import check_fits
 from mlt.train.run_directory import RunDirectory
 from mlt.train.setup import build_optimizer, describe_model
-from mlt.train.state import create_state
+from mlt.train.state import abstract_state, create_state
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -60,7 +61,10 @@ def import_run(source: Path, run_dir: Path, *, sets: Sequence[str] = ()) -> str:
             raise UserError(f"{run_dir} holds a run already; choose a new or empty directory")
         config = _with_own_tokenizer(config, source, directory.path)
         rules = Rules(Layout().build(jax.devices()[:1]))  # whatever mesh restores it puts it in place
-        state = create_state(specs, build_optimizer(config, specs), rules, config.train.seed)
+        optimizer = build_optimizer(config, specs)
+        if config.train.check_memory:
+            check_fits(abstract_state(specs, optimizer, rules), specs, rules)
+        state = create_state(specs, optimizer, rules, config.train.seed)
         placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), model, state.model)
         meta = {
             "config_hash": config_hash(config),
