@@ -3,12 +3,15 @@
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import logging
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 
@@ -26,14 +29,20 @@ class RunDirectory(RunPaths):
     """One run's directory.
 
     In a run of several processes all of them go through the same calls; only the first writes and holds the lock.
+
+    Attributes:
+        begun: whether the run that holds the directory takes steps, or has made something else to keep.
     """
+
+    begun = False
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Make the directory if need be and hold it against every other process for as long as the block lasts.
 
-        The lock is the kernel's: it ends with the process, however that ends, so none is ever stale. A directory made
-        here in which nothing was written is removed again.
+        The lock is the kernel's: it ends with the process, however that ends, so none is ever stale. A directory that was
+        made here is removed again where no file was written in it, and with everything in it where the block refuses the
+        run before it has `begun`: another config can then have its place.
 
         Raises:
           UserError: the path is a file, cannot be made or written, holds files of something else, or is in use.
@@ -41,15 +50,23 @@ class RunDirectory(RunPaths):
         if jax.process_index() != 0:
             yield
             return
-        made = self._create()
-        descriptor = self._take_lock()
+        made, self.begun, refused = self._missing(), False, False
         try:
-            yield
+            self._create()
+            descriptor = self._take_lock()
+            try:
+                yield
+            except UserError:
+                refused = not self.begun
+                raise
+            finally:
+                if made and (refused or self._is_unused()):
+                    shutil.rmtree(self.path, ignore_errors=True)
+                os.close(descriptor)
         finally:
-            if made and os.listdir(self.path) == [self.lock_path.name]:
-                self.lock_path.unlink()
-                self.path.rmdir()
-            os.close(descriptor)
+            for folder in made:
+                with contextlib.suppress(OSError):  # it is in use, or gone
+                    folder.rmdir()
 
     def check_config(self, text: str, difference: Callable[[str, str], list[str]]) -> bool:
         """Compare a config with the one this directory was started with.
@@ -97,9 +114,17 @@ class RunDirectory(RunPaths):
                     f"cannot write {self.config_path}: {error.strerror}; free space, or choose another --run-dir"
                 ) from error
 
-    def _create(self) -> bool:
-        """Make the directory; True where it was not there before."""
-        made = not os.path.exists(self.path)
+    def _missing(self) -> list[Path]:
+        """The directory and those above it that are not there yet, innermost first."""
+        folders = (self.path, *self.path.parents)
+        return list(itertools.takewhile(lambda folder: not os.path.exists(folder), folders))
+
+    def _is_unused(self) -> bool:
+        """Whether the lock is the only file there is."""
+        return [path for path in self.path.rglob("*") if not path.is_dir()] == [self.lock_path]
+
+    def _create(self) -> None:
+        """Make the directory, or refuse what is there."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             names = sorted(os.listdir(self.path))
@@ -118,19 +143,15 @@ class RunDirectory(RunPaths):
                 f"{self.path} is not a run directory: it has no config.yaml but holds {shown}. Nothing was written. "
                 "Choose a new or empty directory; if it was a run, put its config.yaml back"
             )
-        self._probe(made)
-        return made
+        self._probe()
 
-    def _probe(self, made: bool) -> None:
+    def _probe(self) -> None:
         """Write, sync and delete a few bytes: rights, quotas and full disks show now and not after an hour."""
         probe = self.path / f".probe.{os.getpid()}"
         try:
             write_whole(probe, "x" * 4096)
             probe.unlink()
         except OSError as error:
-            if made:
-                with contextlib.suppress(OSError):
-                    self.path.rmdir()
             raise UserError(
                 f"run directory {self.path} cannot be written: {error.strerror}; free space, change the rights or "
                 "choose another --run-dir"

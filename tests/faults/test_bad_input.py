@@ -23,7 +23,7 @@ def refused(mlt, *words, says: list[str]):
 def train(mlt, tmp_path, *options, says):
     """A refused training run must leave no directory behind."""
     output = refused(mlt, "train", TINY, "--run-dir", tmp_path / "run", *options, says=says)
-    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert not (tmp_path / "run").exists()
     return output
 
 
@@ -51,6 +51,11 @@ def test_unknown_argument(mlt, tmp_path):
 def test_impossible_mesh(mlt, tmp_path):
     train(mlt, tmp_path, "--set", "mesh.fsdp=4", says=["fsdp=4", "4 devices", "1 cpu"])
     train(mlt, tmp_path, "--set", "mesh.tensor=3", says=["mesh.tensor = 3", "heads of 2", "use 1, 2"])
+
+
+def test_a_model_that_no_machine_holds(mlt, tmp_path):
+    width = ("--arg", "plain=true", "--arg", "width=1000000000")
+    train(mlt, tmp_path, *width, says=["train state does not fit", "state of the optimizer", "train.check_memory=false"])
 
 
 def test_missing_config(mlt, tmp_path):

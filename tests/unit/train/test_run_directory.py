@@ -60,13 +60,51 @@ def test_the_same_process_cannot_hold_it_twice_but_can_again(tmp_path):
 
 def test_a_directory_nothing_was_written_in_is_removed(tmp_path):
     take(tmp_path / "a" / "run")
-    assert not (tmp_path / "a" / "run").exists()
+    assert os.listdir(tmp_path) == []
     with RunDirectory(tmp_path / "run").lock():
         RunDirectory(tmp_path / "run").write_config("a: 1")
     assert (tmp_path / "run" / "config.yaml").read_text() == "a: 1"
     (tmp_path / "given").mkdir()
     take(tmp_path / "given")
     assert (tmp_path / "given").is_dir()
+
+
+def end(directory: RunDirectory, error: Exception, *, begun: bool = False, config: bool = True) -> None:
+    """A run that writes what a start writes, and ends with an error."""
+    with directory.lock():
+        directory.logs_path.mkdir()
+        if config:
+            directory.write_config("a: 1")
+            directory.collisions_path.write_text("{}")
+        directory.begun = begun
+        raise error
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_refused_run_leaves_nothing_unless_it_has_begun(tmp_path, begun):
+    directory = RunDirectory(tmp_path / "a" / "run")
+    with pytest.raises(UserError, match="too large"):
+        end(directory, UserError("too large"), begun=begun)
+    assert directory.collisions_path.exists() == begun
+    assert os.listdir(tmp_path) == ["a"] * begun
+
+
+def test_a_refused_run_leaves_a_directory_that_was_there(tmp_path):
+    directory = RunDirectory(tmp_path)
+    with pytest.raises(UserError, match="too large"):
+        end(directory, UserError("too large"))
+    assert directory.config_path.exists()
+
+
+def test_a_failure_leaves_its_traces_but_no_empty_folders(tmp_path):
+    """A bug or a full device is no refusal: what was written may tell why."""
+    directory = RunDirectory(tmp_path / "run")
+    with pytest.raises(RuntimeError):
+        end(directory, RuntimeError(), config=False)
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(RuntimeError):
+        end(directory, RuntimeError())
+    assert directory.config_path.exists()
 
 
 def test_a_path_that_cannot_be_a_directory_is_refused(tmp_path):
@@ -84,7 +122,7 @@ def test_a_directory_that_cannot_be_written_is_refused():
     with pytest.raises(UserError, match="/proc"):
         take(Path("/proc/run"))
     with pytest.raises(UserError, match="cannot be written"):
-        RunDirectory("/proc/self/task")._probe(made=False)
+        RunDirectory("/proc/self/task")._probe()
 
 
 def test_a_lock_that_cannot_be_opened_is_named(tmp_path):
