@@ -10,8 +10,8 @@ from mlt.config.problems import ConfigError, Problem, collect_problems, walk
 from mlt.config.run import RunConfig
 from mlt.mixers.base import MixerConfig, SequenceMixerConfig
 from mlt.nn.param import partition
-from mlt.optim.fit import table_problems, too_long
-from mlt.parallel import carry, ring
+from mlt.optim.table_problems import table_problems, too_long
+from mlt.parallel import carry, crossings
 from mlt.plan.text import ring_shape
 from mlt.train.clusters import cluster_problems
 from mlt.train.hashing import hashing_problems
@@ -19,7 +19,7 @@ from mlt.train.neighbours import neighbour_problems
 from mlt.train.residents import host_table_problems, on_devices
 from mlt.train.teacher import distill_problems
 
-CROSSINGS: dict[str, tuple[str, ...]] = {"ring": ring.STRATEGIES, "carry": carry.EXCHANGES, "halo": ()}
+CROSSINGS: dict[str, tuple[str, ...]] = {"ring": crossings.STRATEGIES, "carry": carry.EXCHANGES, "halo": ()}
 """Kind of mixer (`SequenceMixerConfig.context`) -> ways in which what it needs can cross sequence shards."""
 
 
@@ -111,13 +111,13 @@ def _attention_shards(config: RunConfig) -> Iterator[Problem]:
     mesh = config.mesh
     for path, mixer in walk(config.model, "model"):
         strategy = getattr(mixer, "exchange", None) or mesh.attention
-        if not isinstance(mixer, SequenceMixerConfig) or mixer.context != "ring" or strategy not in ring.STRATEGIES:
+        if not isinstance(mixer, SequenceMixerConfig) or mixer.context != "ring" or strategy not in crossings.STRATEGIES:
             continue
         shape = {**ring_shape(config, mixer), "size": mesh.context}
-        why = ring.refusal(strategy, **shape)
+        why = crossings.refusal(strategy, **shape)
         if why is not None:
             named = f"{path}.exchange" if mixer.exchange else "mesh.attention"
-            fitting = [other for other in ring.STRATEGIES if not ring.refusal(other, **shape)]
+            fitting = [other for other in crossings.STRATEGIES if not crossings.refusal(other, **shape)]
             yield Problem(named, strategy, f"{why} ({path})", f"use {', '.join(fitting)}, or None for the cheapest")
 
 

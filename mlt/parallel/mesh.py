@@ -11,8 +11,8 @@ from mlt.config.base import Config
 from mlt.config.problems import Problem
 from mlt.errors import UserError
 from mlt.parallel.carry import Exchange
+from mlt.parallel.crossings import Strategy
 from mlt.parallel.devices import arrange
-from mlt.parallel.ring import Strategy
 from mlt.parallel.rules import Rules
 
 AXES = ("replica", "fsdp", "expert", "context", "tensor")
@@ -30,7 +30,7 @@ class Layout(Config):
         expert: experts split; also splits the batch.
         carry: how states of recurrences cross sequence shards: "gather", "permute" or "ring" (`parallel/carry.py`).
         attention: what of attention crosses sequence shards: "gather", "window", "ring", "zigzag" or "heads"
-            (`parallel/ring.py`); None takes, for each layer, what moves least.
+            (`parallel/crossings.py`); None takes, for each layer, what moves least.
         zero: what `fsdp` splits (ZeRO, arXiv 1910.02054): 3 parameters, gradients and optimizer state; 2 gradients and
             optimizer state; 1 the optimizer state alone.
     """

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mlt.errors import UserError
 from mlt.nn.param import named_leaves
 from mlt.parallel.carry import EXCHANGES
-from mlt.parallel.ring import STRATEGIES
+from mlt.parallel.crossings import STRATEGIES
 
 LOGICAL_TO_MESH: dict[str, tuple[str, ...]] = {
     "batch": ("replica", "fsdp", "expert"),
@@ -37,7 +37,7 @@ class Rules:
     Attributes:
         mesh: the devices.
         carry: how states of recurrences cross sequence shards (`carry.EXCHANGES`).
-        attention: what of attention crosses sequence shards (`ring.STRATEGIES`); None takes what moves least.
+        attention: what of attention crosses sequence shards (`crossings.STRATEGIES`); None takes what moves least.
         zero: what `fsdp` splits: 3 parameters, gradients and optimizer state, 2 the last two, 1 the optimizer state alone.
             Sparse tables are always split.
     """

@@ -32,6 +32,11 @@ def offset(length: int) -> Array:
     return index() * length
 
 
+def segments_of(x: Array, segment_ids_BT: Array | None) -> Array:
+    """Segment ids of (B, T, ...) rows, one document each where none are given."""
+    return jnp.ones(x.shape[:2], jnp.int32) if segment_ids_BT is None else segment_ids_BT
+
+
 def goes_on(segment_ids_BT: Array, size: int) -> Array:
     """(B,) bool: the document of the shard's last token goes on in the next shard."""
     following_B = shift(segment_ids_BT[:, 0], -1, size)

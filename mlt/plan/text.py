@@ -10,7 +10,7 @@ from mlt.model.edges import PARTS, SCANNED
 from mlt.model.lm import LM
 from mlt.model.stack import Stack
 from mlt.nn.param import named_leaves
-from mlt.parallel import ring
+from mlt.parallel import crossings
 from mlt.plan.memory import device_bytes, memory_lines
 from mlt.plan.tables import table_lines
 
@@ -81,7 +81,7 @@ def _crossings(config: RunConfig) -> list[str]:
         kind = getattr(mixer, "context", None)
         if kind == "ring":
             shape = ring_shape(config, mixer)
-            kind = getattr(mixer, "exchange", None) or mesh.attention or ring.choose(**shape, size=mesh.context)
+            kind = getattr(mixer, "exchange", None) or mesh.attention or crossings.choose(**shape, size=mesh.context)
         elif kind == "carry":
             kind = f"carry by {getattr(mixer, 'exchange', None) or mesh.carry}"
         if kind is not None:

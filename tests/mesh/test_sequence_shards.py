@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlt.parallel import carry, ops, ring
+from mlt.parallel import carry, crossings, ops
 from mlt.parallel.mesh import Layout
 from mlt.parallel.rules import Rules
 
@@ -158,17 +158,17 @@ def test_attention(strategy, window, size):
 
 def test_the_cheapest_strategy_is_taken():
     wide = {"tokens": 4096, "heads": 32, "kv_heads": 8, "size": 8}
-    assert ring.choose(**wide, window=None) == "heads"
-    assert ring.choose(**{**wide, "heads": 12, "kv_heads": 12}, window=None) == "heads_ring"
-    assert ring.choose(**{**wide, "heads": 9, "kv_heads": 1}, window=None) == "zigzag"
-    assert ring.choose(**{**wide, "heads": 9, "kv_heads": 1, "tokens": 4104}, window=None) == "ring"
-    assert ring.choose(**wide, window=128) == "window"
+    assert crossings.choose(**wide, window=None) == "heads"
+    assert crossings.choose(**{**wide, "heads": 12, "kv_heads": 12}, window=None) == "heads_ring"
+    assert crossings.choose(**{**wide, "heads": 9, "kv_heads": 1}, window=None) == "zigzag"
+    assert crossings.choose(**{**wide, "heads": 9, "kv_heads": 1, "tokens": 4104}, window=None) == "ring"
+    assert crossings.choose(**wide, window=128) == "window"
 
 
 def test_a_strategy_that_cannot_run_says_why():
     shape = {"tokens": 4104, "heads": 4, "kv_heads": 3, "size": 8, "window": None}
-    assert ring.refusal("window", **shape) == "needs a window"
-    assert "multiple of 2 * 8 tokens, got 4104" in ring.refusal("zigzag", **shape)
-    assert "divide the 4 heads" in ring.refusal("heads", **shape)
-    assert "is none of gather, window" in ring.refusal("permute", **shape)
-    assert ring.refusal("ring", **shape) is None
+    assert crossings.refusal("window", **shape) == "needs a window"
+    assert "multiple of 2 * 8 tokens, got 4104" in crossings.refusal("zigzag", **shape)
+    assert "divide the 4 heads" in crossings.refusal("heads", **shape)
+    assert "is none of gather, window" in crossings.refusal("permute", **shape)
+    assert crossings.refusal("ring", **shape) is None
