@@ -82,6 +82,10 @@ class Certificate:
         """Every kill was made where it was meant to be, and everything compared is as it must be."""
         return bool(self.findings) and all(f.holds for f in self.findings) and all(kill.hit for kill in self.kills)
 
+    def find(self, what: str, holds: bool, facts: str) -> None:
+        """Note something that was compared."""
+        self.findings.append(Finding(what, holds, facts))
+
     def to_json(self) -> dict[str, Any]:
         return {
             "certificate": "resume",

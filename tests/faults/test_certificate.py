@@ -79,7 +79,7 @@ def _another_step(run):
 def test_a_difference_is_found(proof, monkeypatch, change, fails):
     run = proof.place / f"changed-{change.__name__}"
     shutil.copytree(proof.whole, run)
-    shutil.copytree(proof._notes(proof.whole), proof._notes(run))
+    shutil.copytree(proof.runs.notes(proof.whole), proof.runs.notes(run))
     change(run)
     monkeypatch.setattr(proof, "certificate", Certificate("tiny", "", 8))
     proof._compare(run)
@@ -88,7 +88,7 @@ def test_a_difference_is_found(proof, monkeypatch, change, fails):
 
 def test_a_batch_that_is_read_twice_must_be_the_same(proof, tmp_path):
     notes = tmp_path / "notes"
-    shutil.copytree(proof._notes(proof.whole), notes)
+    shutil.copytree(proof.runs.notes(proof.whole), notes)
     first = json.loads(next(notes.glob("*.jsonl")).read_text().splitlines()[0])
     first["rows"]["0"] = f"{1:016x}"
     (notes / "0.jsonl").write_text(json.dumps(first) + '\n{"tokens": 99, "ro')
