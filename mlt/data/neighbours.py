@@ -11,18 +11,16 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 from pydantic import Field
 
 from mlt.config.base import Config
 from mlt.config.problems import Problem
+from mlt.data.corpus import Corpus, TokenizedSource
 from mlt.data.pack import Pieces
 from mlt.errors import UserError
-
-if TYPE_CHECKING:
-    from mlt.data.corpus import Corpus, TokenizedSource
 
 IDS = "neighbours/ids"
 """Field of a batch: ids of the tokens that follow a position's neighbours, int32 (B, T, W); -1 where there are fewer."""
@@ -65,7 +63,7 @@ class Neighbours(Config):
         header = read_header(folder)
         return cls(folder=folder, digest=header["digest"], width=header["width"])
 
-    def opened(self, corpus: "Corpus") -> "NeighbourRows":
+    def opened(self, corpus: Corpus) -> "NeighbourRows":
         """The targets, mapped into memory.
 
         Raises:
@@ -111,7 +109,7 @@ class Entries:
         return firsts + begins - self.offsets_D[documents]
 
 
-def entries(sources: Sequence["TokenizedSource"]) -> list[Entries]:
+def entries(sources: Sequence[TokenizedSource]) -> list[Entries]:
     """Those of each source; they are numbered through all of them."""
     found, stop = [], 0
     for source in sources:
@@ -165,7 +163,7 @@ def read_header(folder: str) -> dict[str, Any]:
         raise UserError(f"{path}: is no header of targets ({error})") from error
 
 
-def check_sources(where: str, header: dict[str, Any], corpus: "Corpus") -> None:
+def check_sources(where: str, header: dict[str, Any], corpus: Corpus) -> None:
     """Raises UserError: what a header describes was made of other documents, or with another tokenizer or split."""
     found = [source.hash for source in corpus.sources]
     if header["sources"] != found:

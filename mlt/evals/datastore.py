@@ -18,7 +18,8 @@ import numpy as np
 
 from mlt.config.run import RunConfig
 from mlt.data.config import DataConfig
-from mlt.data.corpus import Corpus, TokenizedSource, load_corpus
+from mlt.data.corpus import Corpus, TokenizedSource
+from mlt.data.load_corpus import load_corpus
 from mlt.data.neighbours import FILES, HEADER, digest_of
 from mlt.errors import UserError
 from mlt.evals.nearest import distribution, neighbours_of_all

@@ -9,9 +9,9 @@ import pytest
 
 from mlt.config.problems import ConfigError
 from mlt.data.config import DataConfig
-from mlt.data.corpus import load_corpus
 from mlt.data.huggingface import HuggingFaceTokenizer
 from mlt.data.json_lines import JsonLines
+from mlt.data.load_corpus import load_corpus
 from mlt.data.mixture import Mixture, Weighted
 from mlt.data.synthetic import SyntheticText
 from mlt.data.text_files import TextFiles

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlt.data.config import DataConfig
-from mlt.data.corpus import load_corpus
+from mlt.data.load_corpus import load_corpus
 from mlt.data.mixture import Mixture
 from mlt.data.synthetic import SyntheticText
 from mlt.data.token_cache import TokenCache
