@@ -60,7 +60,8 @@ def model(base: LMConfig, memory: dict[str, int], reader: int) -> tuple[LMConfig
 
 
 def _reader(attention: Attention, memory: dict[str, int]) -> LongMem:
-    heads = {name: getattr(attention, name) for name in ("num_heads", "head_dim", "num_kv_heads", "rope_base")}
+    names = ("num_heads", "head_dim", "num_kv_heads", "rope_base", "rotary_dim", "rope_scaling")
+    heads = {name: getattr(attention, name) for name in names}
     return LongMem(source=BANK, **heads, **memory)
 
 

@@ -1,13 +1,15 @@
-"""Frequencies of rotary positions stretched beyond the length a model was trained at."""
+"""How a mixer rotates, and frequencies of rotary positions stretched beyond the length a model was trained at."""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from mlt.config.base import Config
 from mlt.config.problems import Problem
+from mlt.mixers.sizes import rope_problems
 from mlt.nn.rope import rope_frequencies
 
 
@@ -107,3 +109,37 @@ class YarnRope(RopeScaling):
         plain = rope_frequencies(base, width).astype(np.float64)
         ramp = np.clip((np.arange(width // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
         return (plain * (1 - ramp) + plain / self.factor * ramp).astype(np.float32)
+
+
+def rotation(config: Any) -> dict[str, Any]:
+    """Keyword arguments of `apply_rope` for a config with head_dim, rope_base, rotary_dim and rope_scaling."""
+    base, width, scaling = config.rope_base, config.rotary_dim or config.head_dim, config.rope_scaling
+    if scaling is not None:
+        return {"base": base, "frequency": scaling.frequencies(base, width), "gain": scaling.gain}
+    return {"base": base, "frequency": None if config.rotary_dim is None else rope_frequencies(base, width)}
+
+
+def rotation_form(base: float | None, rotary_dim: int | None = None, scaling: RopeScaling | None = None) -> str:
+    """How published keys are rotated, in words: queries that meet them must be rotated alike."""
+    if base is None:
+        return "without rotation"
+    channels = "" if rotary_dim is None else f" in {rotary_dim} channels"
+    return f"rotated by base {base:g}{channels}" + ("" if scaling is None else f", {scaling!r}")
+
+
+def rotation_problems(config: Any) -> Iterator[Problem]:
+    """Rules of the fields that `rotation` reads."""
+    base, width, head = config.rope_base, config.rotary_dim, config.head_dim
+    if base is None:
+        for name in ("rotary_dim", "rope_scaling"):
+            if getattr(config, name) is not None:
+                rule = "is read with rotary positions alone"
+                yield Problem(name, getattr(config, name), rule, "leave it None, or set rope_base")
+        return
+    if width is None:
+        yield from rope_problems(config)
+        return
+    if base <= 0:
+        yield Problem("rope_base", base, "must be positive", "None turns it off")
+    if width % 2 or not 2 <= width <= head:
+        yield Problem("rotary_dim", width, f"must be even and lie in [2, head_dim = {head}]")

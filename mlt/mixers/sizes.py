@@ -25,6 +25,15 @@ def not_positive(config: Config, *names: str) -> Iterator[Problem]:
             return
 
 
+def rope_problems(config: Config, width: str = "head_dim") -> Iterator[Problem]:
+    """Rules of `rope_base`, None without rotary positions, and of the width that it turns in pairs of channels."""
+    base, size = (getattr(config, name) for name in ("rope_base", width))
+    if base is not None and base <= 0:
+        yield Problem("rope_base", base, "must be positive", "None turns it off")
+    if base is not None and size % 2:
+        yield Problem(width, size, "must be even under rotary positions", "use an even width or rope_base=None")
+
+
 def not_divisor(config: Config, part: str, whole: str) -> Iterator[Problem]:
     """A problem unless the size `part` (None stands for `whole`) divides the size `whole`."""
     size, total = getattr(config, part), getattr(config, whole)

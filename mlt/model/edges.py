@@ -87,7 +87,7 @@ def _reading(
     source, found = known[name]
     if found != wanted:
         rule = f"reads {_text(wanted)}, but {source} publishes {_text(found)}"
-        yield Problem(path, name, rule, "make their sizes equal")
+        yield Problem(path, name, rule, "make them agree")
 
 
 def _shared_problems(stack: "Stack") -> Iterator[Problem]:
@@ -100,4 +100,5 @@ def _shared_problems(stack: "Stack") -> Iterator[Problem]:
 
 
 def _text(parts: Published) -> str:
-    return ", ".join(f"{name} of {' x '.join(map(str, part.shape))}" for name, part in parts.items())
+    sizes = {name: " x ".join(map(str, part.shape)) for name, part in parts.items()}
+    return ", ".join(f"{name} of {sizes[name]}" + (f" {part.form}" if part.form else "") for name, part in parts.items())

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mlt.mixers.base import BuildInfo, Context
+from mlt.mixers.rope_scaling import YarnRope
 from mlt.mixers.sequence.attention import Attention
 from mlt.mixers.sequence.cross_attention import CrossAttention
 from mlt.mixers.sequence.differential_attention import DifferentialAttention
@@ -183,10 +184,11 @@ def test_a_gated_memory_unit_by_its_equation():
     np.testing.assert_allclose(y[0], normed @ np.asarray(mixer.output.kernel[...], np.float64), rtol=0, atol=1e-5)
 
 
-def test_cross_attention_with_the_publishers_query_is_its_attention():
+@pytest.mark.parametrize("rotation", [{}, {"rotary_dim": 4, "rope_scaling": YarnRope(factor=4.0, original_length=8)}])
+def test_cross_attention_with_the_publishers_query_is_its_attention(rotation):
     ctx, x = row()
-    publisher = lively(initialize(Attention(**KEYS, publish="k").build(INFO), 0), 1)
-    reader = initialize(CrossAttention(source="k", **KEYS).build(INFO), 0)
+    publisher = lively(initialize(Attention(**KEYS, **rotation, publish="k").build(INFO), 0), 1)
+    reader = initialize(CrossAttention(source="k", **KEYS, **rotation).build(INFO), 0)
     reader.query, reader.output = publisher.query, publisher.output
     expected, _, published = publisher.call_and_publish(x, ctx)
     found, _ = reader(x, dataclasses.replace(ctx, published=published))

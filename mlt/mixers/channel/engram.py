@@ -1,6 +1,5 @@
 """Engram (arXiv 2601.07372): a table addressed by the last few tokens, gated by the residual stream."""
 
-import functools
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
@@ -9,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlt.config.problems import Problem
-from mlt.errors import UserError
 from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, Kernel, Mixer, keep_where, resume_segment, save_point
 from mlt.mixers.conv import CausalConv
+from mlt.mixers.token_map import map_buffer, token_map
 from mlt.nn.float8 import GROUP, Rows8, rounded
 from mlt.nn.linear import Linear
-from mlt.nn.ngram_hash import NgramHash, NgramTables, compression_map, multipliers, ngram_rows, ngram_tables, split_words
+from mlt.nn.ngram_hash import NgramHash, NgramTables, multipliers, ngram_rows, ngram_tables, split_words
 from mlt.nn.norm import RMSNorm
-from mlt.nn.param import Buffer, Init, buffer, fan_in, given, normal, param, zeros
+from mlt.nn.param import Init, buffer, fan_in, given, normal, param, zeros
 from mlt.parallel import ops
 from mlt.parallel.table import MOST_LOCAL_ROWS, WideRows
 
@@ -177,7 +176,7 @@ class Engram(ChannelMixerConfig):
         Raises:
             UserError: the tokenizer does not fit the compression or the vocabulary.
         """
-        token_map_V = _token_map(self, info)
+        token_map_V = token_map(info, self.pad_token_id, compress=self.compress_tokens)
         num_compressed = info.vocab_size if token_map_V is None else int(token_map_V.max()) + 1
         words_N2 = split_words(multipliers(num_compressed, self.max_ngram, self.layer_id, self.seed))
         return NgramHash(self.tables, words_N2, token_map_V, self.pad_token_id, self.cross_document)
@@ -205,7 +204,7 @@ class EngramMixer(Mixer):
         self.tables = config.tables
         d, s, h, m = info.d_model, config.num_tables, config.head_dim, config.branches
         own = config.ngram_hash(info)
-        self.token_map = None if own.token_map_V is None else _map_buffer(own.token_map_V)
+        self.token_map = None if own.token_map_V is None else map_buffer(own.token_map_V)
         self.multipliers = buffer(own.words_N2.shape, (None, None), given(own.words_N2, "hash multipliers"), dtype="uint32")
         self.table = param((_padded(self.tables.num_rows), h), ("memory", None), normal(0.02), group="table")
         rows, stream = (("heads", s), ("head_dim", h)), (("embed", d),)
@@ -329,35 +328,3 @@ def _joined(size: int, value_scale: float) -> Init:
 
 def _padded(num_rows: int) -> int:
     return -(-num_rows // ROW_MULTIPLE) * ROW_MULTIPLE
-
-
-def _token_map(config: Engram, info: BuildInfo) -> np.ndarray | None:
-    """Compressed id of every row of the vocabulary; those that no token has stand for the pad token."""
-    if config.pad_token_id >= info.vocab_size:
-        raise UserError(f"Engram: pad_token_id = {config.pad_token_id} must be below the vocabulary size, {info.vocab_size}")
-    if not config.compress_tokens:
-        return None
-    if info.token_strings is None:
-        raise UserError(
-            "Engram: compress_tokens = True needs the text of every token, and this model has no tokenizer; "
-            "name a tokenizer in the data section, or use compress_tokens = False"
-        )
-    known = len(info.token_strings)
-    if not config.pad_token_id < known <= info.vocab_size:
-        raise UserError(
-            f"Engram: the tokenizer has {known} tokens; it must have more than pad_token_id = {config.pad_token_id} "
-            f"and at most as many as the vocabulary size, {info.vocab_size}"
-        )
-    token_map_V = _compression(info.token_strings)
-    unused = np.full(info.vocab_size - known, token_map_V[config.pad_token_id], np.int32)
-    return np.concatenate([token_map_V, unused])
-
-
-def _map_buffer(token_map_V: np.ndarray) -> Buffer:
-    text = f"compression of {token_map_V.size} tokens to {int(token_map_V.max()) + 1}"
-    return buffer(token_map_V.shape, (None,), given(token_map_V, text), dtype="int32")
-
-
-@functools.lru_cache(maxsize=4)
-def _compression(token_strings: tuple[str, ...]) -> np.ndarray:
-    return compression_map(token_strings)

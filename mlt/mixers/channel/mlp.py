@@ -4,19 +4,12 @@ from collections.abc import Iterator
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
 from mlt.config.problems import Problem
 from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, Mixer, save_point
+from mlt.nn.activations import ACTIVATIONS
 from mlt.nn.linear import Linear
 from mlt.nn.param import fan_in
-
-ACTIVATIONS = {
-    "relu": jax.nn.relu,
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "silu": jax.nn.silu,
-}
 
 
 class MLP(ChannelMixerConfig):

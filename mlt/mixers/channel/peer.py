@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from mlt.config.problems import Problem
 from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, Kernel, save_point
-from mlt.mixers.channel.mlp import ACTIVATIONS
 from mlt.mixers.product_keys import ProductKeyMixer, key_problems
+from mlt.nn.activations import ACTIVATIONS
 from mlt.nn.param import fan_in, param
 from mlt.parallel import ops
 

@@ -7,10 +7,9 @@ import jax
 
 from mlt.config.problems import Problem
 from mlt.mixers.base import Aux, BuildInfo, ChannelMixerConfig, Context, Mixer, save_point
+from mlt.nn.activations import ACTIVATIONS
 from mlt.nn.linear import Linear
 from mlt.nn.param import fan_in
-
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}
 
 
 class SwiGLU(ChannelMixerConfig):

@@ -1,16 +1,17 @@
 """Cross-decoder attention (YOCO, arXiv 2405.05254): queries of this layer, keys and values that an earlier one published."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 from flax import nnx
 from mlt_kernels import attention
 
 from mlt.config.problems import Problem
-from mlt.mixers.base import Aux, BuildInfo, Context, Mixer, MixerConfig, Published, SequenceMixerConfig, save_point
+from mlt.mixers.base import Aux, BuildInfo, Context, Mixer, MixerConfig, Published, save_point
+from mlt.mixers.published_keys import PublishedKeys
+from mlt.mixers.rope_scaling import RopeScaling, rotation, rotation_problems
 from mlt.mixers.sequence.attention import Attention, key_value_parts
-from mlt.mixers.sizes import not_divisor, not_positive
 from mlt.nn.linear import Linear
 from mlt.nn.norm import RMSNorm
 from mlt.nn.param import fan_in
@@ -18,18 +19,15 @@ from mlt.nn.rope import apply_rope
 from mlt.parallel import ops
 
 
-class CrossAttention(SequenceMixerConfig):
+class CrossAttention(PublishedKeys):
     """Causal softmax attention to published keys and values: W_q, W_o and nothing else is the layer's own.
 
-    While decoding it reads the publisher's cache and keeps nothing itself. Keys come rotated as their publisher rotated
-    them, so `rope_base` must be the publisher's.
+    Keys come rotated as their publisher rotated them, so the rotation of the queries must be the publisher's: another one is
+    refused.
 
     Attributes:
-        source: name under which the keys and values were published.
-        num_heads: query heads (N).
-        head_dim: width of a head (H).
-        num_kv_heads: published key and value heads (K), a divisor of num_heads; None means num_heads.
-        rope_base: base of the rotary embedding of the queries; None leaves positions out.
+        source, num_heads, head_dim, num_kv_heads: as for `PublishedKeys`.
+        rope_base, rotary_dim, rope_scaling: rotary positions of the queries, as for `Attention`.
         qk_norm: RMSNorm the queries per head before the rotation.
         norm_eps: of that norm.
         output_gate: multiply the result by a sigmoid of the input, per channel.
@@ -37,31 +35,17 @@ class CrossAttention(SequenceMixerConfig):
         output_bias: a bias on W_o.
     """
 
-    context: ClassVar[str] = "ring"
-    op: ClassVar[str] = "attention"
-
-    source: str
-    num_heads: int
-    head_dim: int
-    num_kv_heads: int | None = None
-    rope_base: float | None = 10_000.0
+    rotary_dim: int | None = None
+    rope_scaling: RopeScaling | None = None
     qk_norm: bool = False
     norm_eps: float = 1e-6
     output_gate: bool = False
     query_bias: bool = False
     output_bias: bool = False
 
-    @property
-    def kv_heads(self) -> int:
-        return self.num_kv_heads or self.num_heads
-
     def problems(self) -> Iterator[Problem]:
-        sizes = list(not_positive(self, "num_heads", "head_dim", "num_kv_heads"))
-        yield from sizes or not_divisor(self, "num_kv_heads", "num_heads")
-        if self.rope_base is not None and self.rope_base <= 0:
-            yield Problem("rope_base", self.rope_base, "must be positive", "None turns it off")
-        if self.rope_base is not None and self.head_dim % 2:
-            yield Problem("head_dim", self.head_dim, "must be even under rotary positions", "use an even width or rope_base=None")
+        yield from super().problems()
+        yield from rotation_problems(self)
 
     def build(self, info: BuildInfo) -> "CrossAttentionMixer":
         return CrossAttentionMixer(self, info)
@@ -70,11 +54,8 @@ class CrossAttention(SequenceMixerConfig):
         width = self.num_heads * self.head_dim
         return 2 * d_model * width * (3 if self.output_gate else 2) + 2 * width * (seq_len + 1)
 
-    def state_size(self, d_model: int, seq_len: int) -> int:
-        return 0
-
     def reads(self, d_model: int) -> Mapping[str, Published]:
-        return {self.source: key_value_parts(self.kv_heads, self.head_dim)}
+        return {self.source: key_value_parts(self)}
 
     @classmethod
     def example(cls) -> tuple["CrossAttention", BuildInfo]:
@@ -120,7 +101,7 @@ class CrossAttentionMixer(Mixer):
         if self.query_norm is not None:
             q_BTNH = self.query_norm(q_BTNH)
         if self.config.rope_base is not None:
-            q_BTNH = apply_rope(q_BTNH, ctx.positions, base=self.config.rope_base)
+            q_BTNH = apply_rope(q_BTNH, ctx.positions, **rotation(self.config))
         return save_point(q_BTNH, "attention_qkv")
 
     def _finish(self, o_BTNH, x_BTD):

@@ -11,7 +11,8 @@ import mlt_kernels
 from mlt.config.problems import Problem
 from mlt.mixers import cache
 from mlt.mixers.base import Arrays, Aux, BuildInfo, Context, Mixer, Part, Published, SequenceMixerConfig, save_point, shared_axis
-from mlt.mixers.sizes import not_divisor, not_positive
+from mlt.mixers.rope_scaling import rotation_form
+from mlt.mixers.sizes import not_divisor, not_positive, rope_problems
 from mlt.nn.linear import Linear
 from mlt.nn.norm import RMSNorm, rms_normalize
 from mlt.nn.param import buffer, fan_in, normal, numbered, param
@@ -71,10 +72,7 @@ class DifferentialAttention(SequenceMixerConfig):
     def problems(self) -> Iterator[Problem]:
         sizes = list(not_positive(self, "num_heads", "head_dim", "num_kv_heads", "window"))
         yield from sizes or not_divisor(self, "num_kv_heads", "num_heads")
-        if self.rope_base is not None and self.rope_base <= 0:
-            yield Problem("rope_base", self.rope_base, "must be positive", "None turns it off")
-        if self.rope_base is not None and self.head_dim % 2:
-            yield Problem("head_dim", self.head_dim, "must be even under rotary positions", "use an even width or rope_base=None")
+        yield from rope_problems(self)
         yield from lambda_problems(self)
         if self.publish is not None and self.window is not None:
             yield Problem("publish", self.publish, "hands on the keys of all tokens, and a window keeps few", "use window=None")
@@ -92,7 +90,7 @@ class DifferentialAttention(SequenceMixerConfig):
         return 4 * cache.slots(seq_len, self.window) * self.kv_heads * self.head_dim
 
     def publishes(self, d_model: int) -> Mapping[str, Published]:
-        return {} if self.publish is None else {self.publish: differential_parts(self.kv_heads, self.head_dim)}
+        return {} if self.publish is None else {self.publish: differential_parts(self)}
 
     @classmethod
     def example(cls) -> tuple["DifferentialAttention", BuildInfo]:
@@ -100,11 +98,11 @@ class DifferentialAttention(SequenceMixerConfig):
         return config, BuildInfo(d_model=32, num_sub_layers=4, vocab_size=64)
 
 
-def differential_parts(kv_heads: int, head_dim: int) -> Published:
-    """Keys of both maps and values, as a layer publishes them."""
-    axes = (shared_axis(kv_heads), "head_dim")
-    keys = Part((kv_heads, head_dim), axes)
-    return {"first": keys, "second": keys, "value": Part((kv_heads, 2 * head_dim), axes)}
+def differential_parts(config: Any) -> Published:
+    """Keys of both maps and values, as a layer publishes them, and as one that attends to them takes them to be."""
+    k, h, axes = config.kv_heads, config.head_dim, (shared_axis(config.kv_heads), "head_dim")
+    keys = Part((k, h), axes, rotation_form(config.rope_base))
+    return {"first": keys, "second": keys, "value": Part((k, 2 * h), axes)}
 
 
 def lambda_problems(config: Any) -> Iterator[Problem]:

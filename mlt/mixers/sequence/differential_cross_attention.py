@@ -1,12 +1,13 @@
 """Differential cross attention (SambaY, arXiv 2507.06607): queries of this layer, keys and values that another published."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 
 from mlt.config.problems import Problem
-from mlt.mixers.base import Aux, BuildInfo, Context, MixerConfig, Published, SequenceMixerConfig, save_point
+from mlt.mixers.base import Aux, BuildInfo, Context, MixerConfig, Published, save_point
+from mlt.mixers.published_keys import PublishedKeys
 from mlt.mixers.sequence.differential_attention import (
     DifferentialAttention,
     DifferentialMixer,
@@ -14,35 +15,23 @@ from mlt.mixers.sequence.differential_attention import (
     differential_parts,
     lambda_problems,
 )
-from mlt.mixers.sizes import not_divisor, not_positive
+from mlt.mixers.sizes import rope_problems
 from mlt.nn.linear import Linear
 from mlt.nn.rope import apply_rope
 from mlt.parallel import ops
 
 
-class DifferentialCrossAttention(SequenceMixerConfig):
+class DifferentialCrossAttention(PublishedKeys):
     """`DifferentialAttention` to the keys and values that an earlier layer published: queries, lambda, the norm and the output
-    projection are the layer's own. While decoding it reads the publisher's cache and keeps nothing.
+    projection are the layer's own. Heads are pairs of heads here, and values are twice as wide as keys.
 
     Attributes:
-        source: name under which the keys and values were published.
-        num_heads: pairs of query heads (N).
-        head_dim: width of one query or key (H); values are twice as wide.
-        num_kv_heads: published pairs of key heads (K), a divisor of num_heads; None means num_heads.
-        rope_base: base of the rotary embedding of the queries, the publisher's; None leaves positions out.
+        source, num_heads, head_dim, num_kv_heads, rope_base: as for `PublishedKeys`.
         lambda_init, depth, norm_scale, norm_eps: as for `DifferentialAttention`.
         query_bias: a bias on the queries' projection.
         output_bias: a bias on the output projection.
     """
 
-    context: ClassVar[str] = "ring"
-    op: ClassVar[str] = "attention"
-
-    source: str
-    num_heads: int
-    head_dim: int
-    num_kv_heads: int | None = None
-    rope_base: float | None = 10_000.0
     lambda_init: float = 0.8
     depth: tuple[int, int] | None = None
     norm_scale: bool = True
@@ -50,17 +39,9 @@ class DifferentialCrossAttention(SequenceMixerConfig):
     query_bias: bool = False
     output_bias: bool = False
 
-    @property
-    def kv_heads(self) -> int:
-        return self.num_kv_heads or self.num_heads
-
     def problems(self) -> Iterator[Problem]:
-        sizes = list(not_positive(self, "num_heads", "head_dim", "num_kv_heads"))
-        yield from sizes or not_divisor(self, "num_kv_heads", "num_heads")
-        if self.rope_base is not None and self.rope_base <= 0:
-            yield Problem("rope_base", self.rope_base, "must be positive", "None turns it off")
-        if self.rope_base is not None and self.head_dim % 2:
-            yield Problem("head_dim", self.head_dim, "must be even under rotary positions", "use an even width or rope_base=None")
+        yield from super().problems()
+        yield from rope_problems(self)
         yield from lambda_problems(self)
 
     def build(self, info: BuildInfo) -> "DifferentialCrossAttentionMixer":
@@ -70,11 +51,8 @@ class DifferentialCrossAttention(SequenceMixerConfig):
         queries = 2 * self.num_heads * self.head_dim
         return 4 * d_model * queries + 3 * queries * (seq_len + 1)
 
-    def state_size(self, d_model: int, seq_len: int) -> int:
-        return 0
-
     def reads(self, d_model: int) -> Mapping[str, Published]:
-        return {self.source: differential_parts(self.kv_heads, self.head_dim)}
+        return {self.source: differential_parts(self)}
 
     @classmethod
     def example(cls) -> tuple["DifferentialCrossAttention", BuildInfo]:

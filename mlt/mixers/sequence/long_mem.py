@@ -12,6 +12,7 @@ from mlt.config.problems import Problem
 from mlt.mixers import cache
 from mlt.mixers.base import Aux, BuildInfo, Context, Mixer, MixerConfig, Published, SequenceMixerConfig, save_point, shared_axis
 from mlt.mixers.closed_blocks import Blocks, closed_blocks, gather, members
+from mlt.mixers.rope_scaling import RopeScaling, rotation, rotation_problems
 from mlt.mixers.sequence.attention import Attention, key_value_parts
 from mlt.mixers.sizes import not_divisor, not_positive
 from mlt.nn.linear import Linear
@@ -32,7 +33,8 @@ class LongMem(SequenceMixerConfig):
     Documents are cut into segments of `segment` tokens from their starts. The bank of a token is what an earlier layer, of a
     frozen model, published of the last `bank` tokens in front of the token's segment: of its own document, and nothing of its
     own segment. A head chooses for itself, and all tokens of its chunks share one softmax. Where the bank is empty, g is 0.
-    Keys are rotated as their publisher rotated them, so `rope_base` must be its. No gradient flows through the choice.
+    Keys are rotated as their publisher rotated them, so these queries' rotation must be its: another one is refused. No gradient
+    flows through the choice.
 
     Attributes:
         source: name under which the bank's keys and values were published.
@@ -43,7 +45,7 @@ class LongMem(SequenceMixerConfig):
         chunk: tokens of a chunk, a divisor of segment.
         selected: chunks that a head of a token reads.
         bank: tokens in the bank, a multiple of chunk.
-        rope_base: base of the rotary embedding; None leaves positions out.
+        rope_base, rotary_dim, rope_scaling: rotary positions, as for `Attention`.
         kernel: backend of the attention inside a segment.
     """
 
@@ -59,6 +61,8 @@ class LongMem(SequenceMixerConfig):
     selected: int = 16
     bank: int = 65_536
     rope_base: float | None = 10_000.0
+    rotary_dim: int | None = None
+    rope_scaling: RopeScaling | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -67,11 +71,12 @@ class LongMem(SequenceMixerConfig):
     def problems(self) -> Iterator[Problem]:
         sizes = ("num_heads", "head_dim", "num_kv_heads", "segment", "chunk", "selected", "bank")
         wrong = list(not_positive(self, *sizes))
-        yield from wrong or not_divisor(self, "num_kv_heads", "num_heads")
-        yield from wrong or not_divisor(self, "chunk", "segment")
-        yield from wrong or not_divisor(self, "chunk", "bank")
-        if self.rope_base is not None and (self.rope_base <= 0 or self.head_dim % 2):
-            yield Problem("rope_base", self.rope_base, "must be positive, and head_dim even", "None turns positions off")
+        yield from wrong
+        if wrong:
+            return
+        for part, whole in (("num_kv_heads", "num_heads"), ("chunk", "segment"), ("chunk", "bank")):
+            yield from not_divisor(self, part, whole)
+        yield from rotation_problems(self)
 
     def build(self, info: BuildInfo) -> "LongMemMixer":
         return LongMemMixer(self, info)
@@ -89,7 +94,7 @@ class LongMem(SequenceMixerConfig):
         return 2 * cache.slots(seq_len, self.segment) * self.kv_heads * self.head_dim
 
     def reads(self, d_model: int) -> Mapping[str, Published]:
-        return {self.source: key_value_parts(self.kv_heads, self.head_dim)}
+        return {self.source: key_value_parts(self)}
 
     @classmethod
     def example(cls) -> tuple["LongMem", BuildInfo]:
@@ -147,7 +152,7 @@ class LongMemMixer(Mixer):
     def _project(self, x_BTD, ctx):
         q, k, v = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if self.config.rope_base is not None:
-            q, k = (apply_rope(x, ctx.positions, base=self.config.rope_base) for x in (q, k))
+            q, k = (apply_rope(x, ctx.positions, **rotation(self.config)) for x in (q, k))
         return tuple(save_point(x, "attention_qkv") for x in (q, k, v))
 
     def _finish(self, o_BTNH):

@@ -11,7 +11,7 @@ from mlt.config.problems import Problem
 from mlt.mixers import cache
 from mlt.mixers.base import BuildInfo, SequenceMixerConfig, save_point
 from mlt.mixers.recurrent import RecurrentMixer, Row, empty_state
-from mlt.mixers.sizes import not_divisor, not_positive
+from mlt.mixers.sizes import not_divisor, not_positive, rope_problems
 from mlt.nn.linear import Linear
 from mlt.nn.param import fan_in, log_of_uniform, param
 from mlt.nn.rope import apply_rope
@@ -49,10 +49,7 @@ class RAT(SequenceMixerConfig):
     def problems(self) -> Iterator[Problem]:
         sizes = list(not_positive(self, "num_heads", "head_dim", "num_groups", "chunk"))
         yield from sizes or not_divisor(self, "num_groups", "num_heads")
-        if self.rope_base is not None and self.rope_base <= 0:
-            yield Problem("rope_base", self.rope_base, "must be positive", "None turns it off")
-        if self.rope_base is not None and self.head_dim % 2:
-            yield Problem("head_dim", self.head_dim, "must be even under rotary positions", "use an even width or rope_base=None")
+        yield from rope_problems(self)
 
     def build(self, info: BuildInfo) -> "RATMixer":
         return RATMixer(self, info)

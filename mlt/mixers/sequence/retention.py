@@ -10,7 +10,7 @@ import numpy as np
 from mlt.config.problems import Problem
 from mlt.mixers.base import BuildInfo, SequenceMixerConfig, save_point
 from mlt.mixers.recurrent import RecurrentMixer, Row, empty_state
-from mlt.mixers.sizes import not_positive, recurrence_flops
+from mlt.mixers.sizes import not_positive, recurrence_flops, rope_problems
 from mlt.nn.linear import Linear
 from mlt.nn.norm import rms_normalize
 from mlt.nn.param import fan_in
@@ -53,10 +53,7 @@ class Retention(SequenceMixerConfig):
 
     def problems(self) -> Iterator[Problem]:
         yield from not_positive(self, "num_heads", "key_dim", "value_dim")
-        if self.rope_base is not None and self.rope_base <= 0:
-            yield Problem("rope_base", self.rope_base, "must be positive", "None turns it off")
-        if self.rope_base is not None and self.key_dim % 2:
-            yield Problem("key_dim", self.key_dim, "must be even under rotary positions", "use an even width or rope_base=None")
+        yield from rope_problems(self, "key_dim")
 
     def build(self, info: BuildInfo) -> "RetentionMixer":
         return RetentionMixer(self, info)

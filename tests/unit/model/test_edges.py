@@ -3,10 +3,14 @@
 import pytest
 
 from mlt.config.problems import collect_problems
+from mlt.mixers.rope_scaling import LinearRope
 from mlt.mixers.sequence.attention import Attention
 from mlt.mixers.sequence.bmojo import BMojo
 from mlt.mixers.sequence.cross_attention import CrossAttention
+from mlt.mixers.sequence.differential_attention import DifferentialAttention
+from mlt.mixers.sequence.differential_cross_attention import DifferentialCrossAttention
 from mlt.mixers.sequence.gmu import GMU
+from mlt.mixers.sequence.long_mem import LongMem
 from mlt.mixers.sequence.mamba import Mamba
 from mlt.mixers.sequence.mamba2 import Mamba2
 from mlt.mixers.sequence.parallel import Parallel
@@ -18,6 +22,9 @@ from mlt.model.stack import Stack
 
 MEMORY, GATED = Mamba(publish="m"), GMU(source="m", memory_dim=32)
 KEYS, CROSS = Attention(num_heads=2, head_dim=8, publish="k"), CrossAttention(source="k", num_heads=2, head_dim=8)
+PAIRS = DifferentialAttention(num_heads=2, head_dim=8, publish="k")
+PAIRED = DifferentialCrossAttention(source="k", num_heads=2, head_dim=8)
+LONG = LinearRope(factor=4.0)
 BLOCK = SharedTransformer(num_heads=2, head_dim=8, d_ff=16)
 ZAMBA = ZambaLayer(name="s", transformer=BLOCK, memory=Mamba2(num_heads=2, head_dim=8), adapter_rank=None)
 
@@ -38,6 +45,8 @@ def found(**parts) -> list[tuple[str, str]]:
         {"period": [MEMORY, GATED]},
         {"period": [MEMORY], "tail": [GATED, GATED]},
         {"period": [MEMORY], "middle": [KEYS], "upper": [GATED, CROSS]},
+        {"period": [KEYS.replace(rope_scaling=LONG, rotary_dim=4)], "tail": [CROSS.replace(rope_scaling=LONG, rotary_dim=4)]},
+        {"period": [PAIRS], "tail": [PAIRED]},
         {"period": [ZAMBA], "tail": [ZAMBA]},
         {"head": [Parallel(mixers=(MEMORY, KEYS))], "period": [Parallel(mixers=(GATED, CROSS))]},
     ],
@@ -55,6 +64,15 @@ REFUSED = {
     "the stack's own name": ({"period": [Mamba(publish="embedding")]}, "stack.period[0].mixers[0]", "the stack publishes"),
     "another width": ({"period": [MEMORY, GATED.replace(memory_dim=24)]}, "stack.period[1].mixers[0]", "memory of 24"),
     "other heads": ({"period": [KEYS, CROSS.replace(num_kv_heads=1)]}, "stack.period[1].mixers[0]", "key of 1 x 8"),
+    "another rotation": ({"period": [KEYS, CROSS.replace(rope_base=500.0)]}, "stack.period[1].mixers[0]", "by base 10000"),
+    "no rotation": ({"period": [KEYS, CROSS.replace(rope_base=None)]}, "stack.period[1].mixers[0]", "2 x 8 without rotation"),
+    "stretched positions": ({"period": [KEYS.replace(rope_scaling=LONG), CROSS]}, "stack.period[1].mixers[0]", "LinearRope"),
+    "keys of a bank": (
+        {"period": [KEYS, LongMem(source="k", num_heads=2, head_dim=8, rotary_dim=4)]},
+        "stack.period[1].mixers[0]",
+        "in 4 channels",
+    ),
+    "differential keys": ({"period": [PAIRS, PAIRED.replace(rope_base=5.0)]}, "stack.period[1].mixers[0]", "by base 5"),
     "another kind": ({"period": [KEYS, GATED.replace(source="k")]}, "stack.period[1].mixers[0]", "reads memory"),
     "another part": (
         {"period": [ZAMBA, ZAMBA.replace(transformer=BLOCK.replace(d_ff=24))]},
