@@ -49,6 +49,15 @@ class Size:
     tables: TableOptimizer | tuple[TableOptimizer, ...] | None = None
 
 
+def released_balance(coefficient: float, experts_per_token: int, layers: int) -> float:
+    """`MoE.global_balance_loss` of a model whose released file has this `router_aux_loss_coef`.
+
+    Theirs weighs one value over the tokens of all layers joined, which is `experts_per_token` under an even load; ours one value
+    of each layer, which is 1 then.
+    """
+    return coefficient * experts_per_token / layers
+
+
 def runs(sizes: Mapping[str, Size]) -> Callable[..., RunConfig]:
     """The function `config` of a family."""
 
@@ -67,8 +76,8 @@ def runs(sizes: Mapping[str, Size]) -> Callable[..., RunConfig]:
 def _small(size: Size, steps: int | None, sequence_length: int | None, batch_size: int | None) -> RunConfig:
     return RunConfig(
         model=size.model,
-        data=_data(sequence_length or 256, batch_size or 4),
-        train=TrainConfig(steps=steps or 200, compute_dtype="float32"),
+        data=_data(_given(sequence_length, 256), _given(batch_size, 4)),
+        train=TrainConfig(steps=_given(steps, 200), compute_dtype="float32"),
         optimizer=AdamW(learning_rate=3e-3, tables=size.tables),
         schedule=WarmupCosine(warmup_steps=20),
         remat=Remat(mode="none"),
@@ -82,8 +91,8 @@ def _small(size: Size, steps: int | None, sequence_length: int | None, batch_siz
 def _published(size: Size, steps: int | None, sequence_length: int | None, batch_size: int | None) -> RunConfig:
     return RunConfig(
         model=size.model,
-        data=_data(sequence_length or size.context, batch_size or size.rows),
-        train=TrainConfig(steps=steps or 100_000),
+        data=_data(_given(sequence_length, size.context), _given(batch_size, size.rows)),
+        train=TrainConfig(steps=_given(steps, 100_000)),
         optimizer=AdamW(learning_rate=size.learning_rate, tables=size.tables),
         schedule=WarmupCosine(warmup_steps=2000),
     )
@@ -91,3 +100,8 @@ def _published(size: Size, steps: int | None, sequence_length: int | None, batch
 
 def _data(sequence_length: int, batch_size: int) -> DataConfig:
     return DataConfig(source=PythonStdlib(), tokenizer=ByteTokenizer(), sequence_length=sequence_length, batch_size=batch_size)
+
+
+def _given(value: int | None, default: int) -> int:
+    """The value if there is one. A 0 is one, and the config's rules refuse it."""
+    return default if value is None else value

@@ -18,6 +18,7 @@ from mlt.model.stack import Stack
 family = sibling(__file__, "../base/family.py")
 PAPER = "2508.15099"
 GATES = {Mamba2: 1.0, Attention: 0.15, MoE: 0.5}
+ROUTER = {"num_experts_per_token": 2, "router": "softmax", "chunk_len": 32, "balance_loss": 0.01}
 
 
 def model(
@@ -33,13 +34,13 @@ def model(
 SMALL = (
     Mamba2(num_heads=8, head_dim=16, state_dim=16),
     Attention(num_heads=4, head_dim=16, window=64),
-    MoE(num_experts=4, num_experts_per_token=2, d_ff=64, router="softmax", chunk_len=32),
+    MoE(num_experts=4, d_ff=64, **ROUTER),
     ProductKeyMemory(num_keys=16, num_selected=4, num_heads=2, key_dim=32),
 )
 PROTOTYPE = (
     Mamba2(num_heads=8, head_dim=64, state_dim=64),
     Attention(num_heads=4, head_dim=64, window=256),
-    MoE(num_experts=4, num_experts_per_token=2, d_ff=256, router="softmax", chunk_len=32),
+    MoE(num_experts=4, d_ff=256, **ROUTER),
     ProductKeyMemory(num_keys=64, num_selected=4, num_heads=1, key_dim=64, value_dim=128),
 )
 SIZES = {

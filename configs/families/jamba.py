@@ -20,11 +20,22 @@ def model(d_model: int, periods: int, attention: Attention, experts: MoE, state_
     return LMConfig(d_model=d_model, vocab_size=vocab, stack=stack)
 
 
-ROUTER = {"num_experts_per_token": 2, "router": "softmax", "renormalize": False}
+def moe(num_experts: int, d_ff: int, layers: int) -> MoE:
+    balance = family.released_balance(0.001, 2, layers)
+    return MoE(
+        num_experts=num_experts,
+        num_experts_per_token=2,
+        d_ff=d_ff,
+        router="softmax",
+        renormalize=False,
+        global_balance_loss=balance,
+    )
+
+
 SMALL = Attention(num_heads=4, head_dim=16, num_kv_heads=2, rope_base=None)
 RELEASED = Attention(num_heads=32, head_dim=128, num_kv_heads=8, rope_base=None)
 SIZES = {
-    "small": family.Size(model(64, 1, SMALL, MoE(num_experts=4, d_ff=128, **ROUTER), 8, family.VOCAB)),
-    "52b": family.Size(model(4096, 4, RELEASED, MoE(num_experts=16, d_ff=14_336, **ROUTER), 16, 65_536), published="52B"),
+    "small": family.Size(model(64, 1, SMALL, moe(4, 128, layers=4), 8, family.VOCAB)),
+    "52b": family.Size(model(4096, 4, RELEASED, moe(16, 14_336, layers=16), 16, 65_536), published="52B"),
 }
 config = family.runs(SIZES)

@@ -16,18 +16,22 @@ def model(d_model: int, layers: int, attention: Attention, experts: MoE, vocab: 
     return LMConfig(d_model=d_model, vocab_size=vocab, stack=stack, norm_eps=1e-5)
 
 
-# The released coefficients, 0.02 and 0.001, weigh a value that is 2, not 1, where the load is even.
+def moe(d_ff: int, coefficient: float, layers: int) -> MoE:
+    balance = family.released_balance(coefficient, 2, layers)
+    return MoE(num_experts=8, num_experts_per_token=2, d_ff=d_ff, router="softmax", global_balance_loss=balance)
+
+
 SMALL = (
     Attention(num_heads=4, head_dim=16, num_kv_heads=2, rope_base=1e6),
-    MoE(num_experts=8, num_experts_per_token=2, d_ff=64, router="softmax"),
+    moe(64, 0.02, layers=4),
 )
 EIGHT_7B = (
     Attention(num_heads=32, head_dim=128, num_kv_heads=8, rope_base=1e6),
-    MoE(num_experts=8, num_experts_per_token=2, d_ff=14_336, router="softmax", balance_loss=0.04),
+    moe(14_336, 0.02, layers=32),
 )
 EIGHT_22B = (
     Attention(num_heads=48, head_dim=128, num_kv_heads=8, rope_base=1e6),
-    MoE(num_experts=8, num_experts_per_token=2, d_ff=16_384, router="softmax", balance_loss=0.002),
+    moe(16_384, 0.001, layers=56),
 )
 SIZES = {
     "small": family.Size(model(64, 4, *SMALL, family.VOCAB)),

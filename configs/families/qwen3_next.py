@@ -20,16 +20,29 @@ def model(d_model: int, periods: int, vocab: int, delta: GatedDelta, attention: 
 
 
 GATED = {"rope_base": 1e7, "qk_norm": True, "unit_offset_norm": True, "output_gate": True}
-ROUTER = {"num_shared_experts": 1, "shared_gate": True, "router": "softmax"}
+
+
+def moe(num_experts: int, per_token: int, d_ff: int, layers: int) -> MoE:
+    return MoE(
+        num_experts=num_experts,
+        num_experts_per_token=per_token,
+        d_ff=d_ff,
+        num_shared_experts=1,
+        shared_gate=True,
+        router="softmax",
+        global_balance_loss=family.released_balance(0.001, per_token, layers),
+    )
+
+
 SMALL = (
     GatedDelta(num_heads=4, num_key_heads=2, key_dim=16),
     Attention(num_heads=4, head_dim=16, num_kv_heads=2, rotary_dim=4, **GATED),
-    MoE(num_experts=8, num_experts_per_token=2, d_ff=32, **ROUTER),
+    moe(8, 2, 32, layers=4),
 )
 RELEASED = (
     GatedDelta(num_heads=32, num_key_heads=16, key_dim=128),
     Attention(num_heads=16, head_dim=256, num_kv_heads=2, rotary_dim=64, **GATED),
-    MoE(num_experts=512, num_experts_per_token=10, d_ff=512, **ROUTER),
+    moe(512, 10, 512, layers=48),
 )
 SIZES = {
     "small": family.Size(model(64, 1, family.VOCAB, *SMALL)),

@@ -6,7 +6,6 @@ also traces and trains every small model for three steps and runs `mlt verify` o
 """
 
 import functools
-import importlib.util
 import os
 import pathlib
 
@@ -14,12 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tool_files import tool
 
 from mlt.config.check import check_run
 from mlt.config.dump import from_yaml, to_yaml
 from mlt.config.load import load_config
+from mlt.config.problems import ConfigError, walk
 from mlt.errors import UserError
+from mlt.mixers.channel.moe import MoE
+from mlt.mixers.sequence.differential_attention import DifferentialAttention
+from mlt.mixers.sequence.differential_cross_attention import DifferentialCrossAttention
 from mlt.model.count import count
+from mlt.model.edges import PARTS
 from mlt.nn.param import named_leaves
 from mlt.parallel.mesh import Layout
 from mlt.train.setup import build_optimizer, describe_model, step_options
@@ -36,14 +41,7 @@ TRAINED = ("resformer", "yoco")
 ROWS, LENGTH = 2, 64
 
 
-def _tool(name: str):
-    spec = importlib.util.spec_from_file_location(f"mlt_tools_{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-table = _tool("family_table")
+table = tool("family_table")
 FAMILIES = table.families()
 CASES = [(name, size) for name, module in FAMILIES.items() for size in module.SIZES]
 PUBLISHED = [case for case in CASES if FAMILIES[case[0]].SIZES[case[1]].published is not None]
@@ -59,6 +57,13 @@ def test_every_size_is_a_config_without_problems(name, size):
 def test_an_unknown_size_names_those_there_are():
     with pytest.raises(UserError, match=r"small, 0\.6b, 8b"):
         load_config(FOLDER / "qwen3.py", args=["size=7b"])
+
+
+@pytest.mark.parametrize("size", ["small", "8b"])
+@pytest.mark.parametrize("argument", ["steps", "sequence_length", "batch_size"])
+def test_a_zero_is_refused_and_not_taken_for_nothing_given(argument, size):
+    with pytest.raises(ConfigError, match=rf"{argument} = 0: must be at least 1"):
+        check_run(load_config(FOLDER / "qwen3.py", args=[f"size={size}", f"{argument}=0"], check=False))
 
 
 @pytest.mark.parametrize(("name", "size"), PUBLISHED)
@@ -95,6 +100,29 @@ def test_counts_are_the_released_ones(name, size):
 
 def test_the_docs_have_the_table_of_today():
     assert table.documented() == table.table(), "run tools/family_table.py --write and say why it changed"
+
+
+@pytest.mark.parametrize(("name", "size"), CASES)
+def test_something_keeps_the_experts_of_every_router_in_use(name, size):
+    """The sigmoid router has its bias; a softmax router has nothing but a balance loss."""
+    for path, mixer in walk(FAMILIES[name].SIZES[size].model.stack):
+        if isinstance(mixer, MoE):
+            assert mixer.router == "sigmoid" or mixer.balance_loss or mixer.global_balance_loss, path
+
+
+@pytest.mark.parametrize(("name", "size"), [("diff_transformer", "small"), ("sambay", "small-da"), ("sambay", "3.8b")])
+def test_lambda_starts_by_the_number_of_the_layer(name, size):
+    stack, number, seen = FAMILIES[name].SIZES[size].model.stack, 0, 0
+    for part in PARTS:
+        for repeat in range(stack.times(part)):
+            for block in getattr(stack, part):
+                for mixer in block.mixers:
+                    if isinstance(mixer, DifferentialAttention | DifferentialCrossAttention):
+                        first, stride = mixer.depth
+                        assert first + stride * repeat == number
+                        seen += 1
+                number += 1
+    assert seen
 
 
 @pytest.mark.parametrize("name", FAMILIES if FULL else TRACED)

@@ -120,7 +120,7 @@ def _shared_names(config: LMConfig) -> dict[str, str]:
 
 
 def _plain(mixer: MixerConfig, d_model: int, names: Mapping[str, str]) -> MixerConfig:
-    """A mixer with its defaults spelled out and without what changes no output: backend, losses, the router bias's pace."""
+    """A mixer with its defaults spelled out and without what changes no output: backend, losses, the router's pace and room."""
     changes: dict[str, Any] = {name: None for name in ("kernel", "exchange") if name in type(mixer).model_fields}
     for field, meant in (("num_kv_heads", "kv_heads"), ("num_key_heads", "key_heads"), ("value_dim", "values")):
         if field in type(mixer).model_fields and hasattr(mixer, meant):
@@ -129,7 +129,8 @@ def _plain(mixer: MixerConfig, d_model: int, names: Mapping[str, str]) -> MixerC
         if field in type(mixer).model_fields and hasattr(mixer, meant):
             changes[field] = getattr(mixer, meant)(d_model)
     if isinstance(mixer, MoE):
-        changes |= {"balance_loss": 0.0, "z_loss": 0.0, "bias_update_rate": None}
+        changes |= dict.fromkeys(("balance_loss", "global_balance_loss", "z_loss"), 0.0)
+        changes |= {"bias_update_rate": None, "capacity_factor": None}
         if mixer.num_shared_experts:
             changes |= {"num_shared_experts": 1, "shared_d_ff": mixer.shared_width}
     if isinstance(mixer, Attention) and mixer.scale is None:

@@ -51,6 +51,18 @@ def test_how_a_layer_is_run_does_not_decide_its_architecture():
     assert write_config(config.replace(stack=stack))[1] == write_config(config)[1]
 
 
+@pytest.mark.parametrize(
+    "change", [{"global_balance_loss": 0.1}, {"balance_loss": 0.1}, {"z_loss": 0.1}, {"capacity_factor": 2.0}]
+)
+def test_what_only_training_reads_of_experts_does_not_decide_the_architecture(change):
+    config = model_of("mixtral", "8x7b")
+    block = config.stack.period[0]
+    mixers = (block.mixers[0], block.mixers[1].replace(**change))
+    changed = config.replace(stack=config.stack.replace(period=(block.replace(mixers=mixers),)))
+    assert write_config(changed)[1] == write_config(config)[1]
+    assert write_config(changed)[0].model_type == "mixtral"
+
+
 def test_the_root_of_the_width_is_rounded_as_published():
     """RecurrentGemma scales embeddings by the root of the width in bfloat16: exact for 4096, 50.5 in place of 50.6 for 2560."""
     config = model_of("griffin", "2b")
