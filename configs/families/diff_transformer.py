@@ -12,7 +12,7 @@ PAPER = "2410.05258"
 
 
 def model(d_model: int, layers: int, heads: int, d_ff: int, vocab: int) -> LMConfig:
-    mixer = DifferentialAttention(num_heads=heads, head_dim=d_model // heads // 2)
+    mixer = DifferentialAttention(num_heads=heads, head_dim=d_model // heads // 2, depth=(0, 1))
     stack = Stack(period=(Block(mixers=(mixer, SwiGLU(d_ff=d_ff)), norm_eps=1e-5),), repeats=layers)
     return LMConfig(d_model=d_model, vocab_size=vocab, stack=stack, norm_eps=1e-5)
 
