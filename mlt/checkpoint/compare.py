@@ -1,4 +1,4 @@
-"""The difference of two checkpoints, leaf by leaf, and the check of every byte of one."""
+"""The difference of two checkpoints, leaf by leaf, and the check of every array and record of one."""
 
 import concurrent.futures
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import numpy as np
 from mlt.checkpoint.arrays import StoredArrays, altered
 from mlt.checkpoint.catalog import COUNTED, Catalog, Entry
 from mlt.checkpoint.digest import text_of
-from mlt.checkpoint.layout import Record, StepFiles, read_record
+from mlt.checkpoint.layout import Record, StepFiles, Unreadable, read_record
 from mlt.checkpoint.leaves import Leaf
 from mlt.errors import UserError
 
@@ -55,11 +55,11 @@ def differences(first: tuple[Entry, Record], second: tuple[Entry, Record]) -> tu
     return found, equal
 
 
-def verify(catalog: Catalog) -> list[tuple[Entry, str]]:
+def verify(catalog: Catalog) -> list[tuple[Entry, str, str]]:
     """Read everything that is committed again.
 
     Returns:
-      (entry, what is wrong with it, "" where nothing is), for the committed and damaged ones.
+      (entry, "whole", "damaged" or "unreadable", what is wrong with it), for the committed and damaged ones.
     """
     checked = []
     for entry in catalog.entries():
@@ -68,9 +68,9 @@ def verify(catalog: Catalog) -> list[tuple[Entry, str]]:
                 if entry.level == "durable" and catalog.durable is not None:
                     catalog.durable.check_files(entry.step)
                 _verify_arrays(entry.files)
-                checked.append((entry, ""))
+                checked.append((entry, "whole", ""))
             except UserError as error:
-                checked.append((entry, str(error)))
+                checked.append((entry, "unreadable" if isinstance(error, Unreadable) else "damaged", str(error)))
     return checked
 
 

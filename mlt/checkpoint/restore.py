@@ -55,17 +55,19 @@ def restore(
     target: Any,
     *,
     step: int | None = None,
+    durable: Durable | None = None,
     subtree: str | None = None,
     dtypes: Mapping[str, str] | None = None,
 ) -> Restored:
     """Restore one step, the newest committed one by default. Writes nothing; safe beside a running training.
 
-    Where the directory has lost the step (or every step), the durable copy is read, if the directory names one.
+    Where the directory has lost the step (or every step), the durable copy is read, if there is such a place.
 
     Args:
       directory: the directory that holds the steps.
       target: tree of jax.ShapeDtypeStruct with shardings (or of arrays); it decides structure, mesh and placement.
       step: the step to read.
+      durable: the durable place; None takes the one that the directory names, if it does.
       subtree: restore only the part of the saved state under this path, e.g. "model"; `target` is then the tree of
         that part, and nothing else is read.
       dtypes: path -> float32, bfloat16 or float16, e.g. {"optimizer": "bfloat16"}: floating arrays at and below that
@@ -77,7 +79,7 @@ def restore(
       CheckpointError: there is no such step, or what is on the disk is damaged.
     """
     directory = Path(directory)
-    return _restore_step(_find(directory, step), target, subtree, dtypes or {})
+    return _restore_step(_find(directory, step, durable), target, subtree, dtypes or {})
 
 
 def restore_latest(
@@ -200,13 +202,13 @@ def _check_fit(files: StepFiles, saved: dict[str, Leaf], wanted: dict[str, Any],
         )
 
 
-def _find(directory: Path, step: int | None) -> StepFiles:
-    """The local step, or its durable copy where the directory has none and names a durable place."""
+def _find(directory: Path, step: int | None, place: Durable | None) -> StepFiles:
+    """The local step, or its durable copy where the directory has none."""
     near = committed_steps(directory)
     newest = near[-1] if near else -1
     durable = None
     if (step is None and not near) or (step is not None and step not in near):
-        durable = remembered(directory)
+        durable = place or remembered(directory)
         far = _durable_steps(durable, needed=False)
         newest = far[-1] if far else -1
         if step is not None and step not in far:
@@ -218,7 +220,7 @@ def _find(directory: Path, step: int | None) -> StepFiles:
         why = f"these were damaged and set aside: {aside}" if aside else early
         raise CheckpointError(f"there is no committed checkpoint in {directory}; {why}")
     if far_away:
-        durable = durable or remembered(directory)
+        durable = durable or place or remembered(directory)
         if durable is not None:
             LOGGER.warning("step %d is not in %s; reading its durable copy in %s", chosen, directory, durable.url)
             return durable.files(chosen)

@@ -76,7 +76,16 @@ class Checkpointer:
         """How the copies to the durable place fare; None where there is no such place."""
         return None if self._copier is None else self._copier.state
 
-    def save(self, step: int, state: Any, *, data: Mapping[str, Any], meta: Mapping[str, Any], durable: bool = False) -> bool:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        data: Mapping[str, Any],
+        meta: Mapping[str, Any],
+        durable: bool = False,
+        prune: bool = True,
+    ) -> bool:
         """Start to write a step; all processes of a run call it together.
 
         The state may be donated to the next train step at once. First waits for the previous save.
@@ -87,6 +96,7 @@ class Checkpointer:
           data: position in the data, JSON.
           meta: what else to record, JSON; `read_meta` reads it without the arrays.
           durable: copy this step to the durable place whatever its number.
+          prune: delete the local steps that are not to be kept; where not, the next save does it.
 
         Returns:
           False where the very same state is already saved under this step, so nothing needs to be written.
@@ -97,11 +107,11 @@ class Checkpointer:
         """
         started = time.perf_counter()
         try:
-            return self._start(step, state, data, meta, durable)
+            return self._start(step, state, data, meta, durable, prune)
         finally:
             self.last_blocked_seconds = time.perf_counter() - started
 
-    def _start(self, step: int, state: Any, data: Mapping[str, Any], meta: Mapping[str, Any], durable: bool) -> bool:
+    def _start(self, step: int, state: Any, data: Mapping[str, Any], meta: Mapping[str, Any], durable: bool, prune: bool) -> bool:
         self.wait()
         flat = flatten(state)
         rows, words = table(flat), (_copied(meta), _copied(data))
@@ -125,7 +135,7 @@ class Checkpointer:
                     write()
                 writer.finish()
                 arrays.clear()
-                self._committed(step, durable)
+                self._committed(step, durable, prune)
 
             if not alone:
                 write()
@@ -168,6 +178,15 @@ class Checkpointer:
         """List the committed steps of the directory in ascending order."""
         return committed_steps(self.directory)
 
+    def steps_anywhere(self) -> list[int]:
+        """List the committed steps of both levels in ascending order.
+
+        Raises:
+          OSError: the durable place cannot be read.
+        """
+        far = [] if self._copier is None else self._copier.durable.steps()
+        return sorted({*self.steps(), *far})
+
     def latest_step(self) -> int | None:
         """Give the newest committed step; half-written ones are named in a warning and do not count."""
         for path in unfinished(self.directory):
@@ -178,9 +197,10 @@ class Checkpointer:
     def restore(
         self, target: Any, *, step: int | None = None, subtree: str | None = None, dtypes: Mapping[str, str] | None = None
     ) -> Restored:
-        """Restore one step exactly; see `mlt.checkpoint.restore.restore`."""
+        """Restore one step of either level exactly; see `mlt.checkpoint.restore.restore`."""
         self.wait()
-        return restore(self.directory, target, step=step, subtree=subtree, dtypes=dtypes)
+        place = None if self._copier is None else self._copier.durable
+        return restore(self.directory, target, step=step, durable=place, subtree=subtree, dtypes=dtypes)
 
     def restore_latest(self, target: Any, *, dtypes: Mapping[str, str] | None = None) -> Restored | None:
         """Restore the newest readable step of either level; damaged ones are set aside, never deleted.
@@ -228,7 +248,7 @@ class Checkpointer:
             "when a run goes back to an earlier step, or save into another directory"
         )
 
-    def _committed(self, step: int, durable: bool) -> None:
+    def _committed(self, step: int, durable: bool, prune: bool) -> None:
         """What follows a commit, in the background, on the first process."""
         if jax.process_index() != 0:
             return
@@ -238,9 +258,9 @@ class Checkpointer:
                 self._copy(step)
             pinned = self._copier.pinned()
         try:
-            for old in self._keep.superfluous(self.steps(), pinned):
+            for old in self._keep.superfluous(self.steps(), pinned) if prune else ():
                 delete_step(step_path(self.directory, old))
-        except OSError as error:
+        except (OSError, CheckpointError) as error:  # the step is committed: the other processes go on, and so does this one
             LOGGER.warning("cannot delete an old checkpoint in %s: %s; delete it by hand", self.directory, error)
 
     def _copy(self, step: int) -> None:

@@ -76,18 +76,22 @@ def verify_text(place: str, level: str | None = None) -> tuple[str, bool]:
     if not found:
         return f"nothing to verify: no committed checkpoints in {catalog.describe()}", False
     table = _table(("step", "right"), ("level", "left"), ("result", "left"), ("size", "right"), ("path", "left"))
-    for entry, problem in found:
-        table.add_row(f"{entry.step:,}", entry.level, "damaged" if problem else "whole", _size(entry.size), entry.files.name)
-    bad = [problem for _, problem in found if problem]
-    whole = [entry for entry, problem in found if not problem]
-    return _render(table) + "\n".join([*bad, _verdict(whole, len(bad))]), not bad
+    for entry, result, _ in found:
+        table.add_row(f"{entry.step:,}", entry.level, result, _size(entry.size), entry.files.name)
+    problems = [problem for _, _, problem in found if problem]
+    return _render(table) + "\n".join([*problems, _verdict(found)]), not problems
 
 
-def _verdict(whole: list[Entry], bad: int) -> str:
-    if not bad:
+def _verdict(found: list[tuple[Entry, str, str]]) -> str:
+    whole, damaged, unreadable = ([e for e, result, _ in found if result == word] for word in ("whole", "damaged", "unreadable"))
+    if not damaged and not unreadable:
         return f"whole: {len(whole)} checkpoints, every array and record read again"
-    newest = f"a resume takes step {whole[0].step:,}" if whole else "nothing is left to resume from"
-    return f"damaged: {bad} of {bad + len(whole)} checkpoints; {newest}"
+    told = [f"{word}: {len(them)} of {len(found)}" for word, them in (("damaged", damaged), ("unreadable", unreadable)) if them]
+    if unreadable:
+        what = "a resume ends with exit code 2 until the newest one can be read"
+    else:
+        what = f"a resume takes step {whole[0].step:,}" if whole else "nothing is left to resume from"
+    return f"{', '.join(told)} checkpoints; {what}"
 
 
 def _records(record: Record) -> list[tuple[str, dict]]:

@@ -12,6 +12,8 @@ from mlt.train.services import Services
 from mlt.train.skips import Course, RollBack, way_back
 from mlt.train.state import TrainState
 
+_START, _NOWHERE = -2, -1
+
 
 def roll_back(
     asked: RollBack,
@@ -35,11 +37,11 @@ def roll_back(
     with services.goodput.during("startup"):
         with contextlib.suppress(CheckpointError):
             checkpointer.wait()
-        to = first_says(way_back(checkpointer.steps(), first, config.checkpoint.every_steps))
+        to = first_says(_target(checkpointer, course, first, config.checkpoint.every_steps))
         try:
             if to >= 0:
                 state = checkpointer.restore(abstract, step=to, dtypes=accepted_types(config, abstract)).state
-            elif course.from_seed:
+            elif to == _START:
                 to = 0
                 state = setup.fresh_state()
             else:
@@ -54,3 +56,18 @@ def roll_back(
     services.goodput.rolled_back(last, to)
     services.console.say(f"{what}: going back to step {to}, and on with the data behind step {last}")
     return state, to, course.back(asked, to)
+
+
+def _target(checkpointer: Checkpointer, course: Course, first: int, every: int) -> int:
+    """The step to go back to, of either level; `_START` where the run has saved none before `first`, or `_NOWHERE`.
+
+    A run that has saved one and lost it does not begin again: that would be weeks of work for a few bad batches.
+    """
+    try:
+        steps = checkpointer.steps_anywhere()
+    except OSError:
+        return way_back(checkpointer.steps(), first, every)
+    to = way_back(steps, first, every)
+    if to == _NOWHERE and course.from_seed and (not steps or first <= every):
+        return _START
+    return to

@@ -108,7 +108,9 @@ class Saver:
             **course.meta(),
         }
         last = self._is_last(step)
-        save = functools.partial(self._checkpointer.save, step, state, data=data, meta=meta, durable=last)
+        # Within a row of skipped steps the way back to before them stays open.
+        prune = not self._services.skips.in_a_row
+        save = functools.partial(self._checkpointer.save, step, state, data=data, meta=meta, durable=last, prune=prune)
         # First the outcome of the save before this one, so that its failure does not cost this one as well.
         for call in (self._checkpointer.wait, save):
             try:

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mlt.checkpoint import compare
 from mlt.checkpoint.copier import DurableOptions
-from mlt.checkpoint.layout import CheckpointError
+from mlt.checkpoint.layout import CheckpointError, unreadable
 from mlt.checkpoint.save import Checkpointer
 from mlt.checkpoint.show import diff_text, inspect_text, list_text, verify_text
 from mlt.errors import UserError
@@ -168,6 +169,22 @@ def test_verify_reads_what_list_does_not(run):
     assert f"{run / 'checkpoints' / '3'} is damaged: the bits of" in text
     with pytest.raises(CheckpointError, match="the bits of"):
         diff_text(f"{run}@2", f"{run / 'checkpoints'}@3")
+
+
+def test_verify_takes_no_missing_right_for_damage(run, monkeypatch):
+    def denied(files):
+        if files.step == 3 and "far" not in files.name:
+            raise unreadable(files.name, "Permission denied")
+        return found(files)
+
+    found = compare._verify_arrays
+    monkeypatch.setattr(compare, "_verify_arrays", denied)
+    text, whole = verify_text(str(run))
+    assert not whole
+    assert [row[2] for row in rows(text)] == ["unreadable", *["whole"] * 4]
+    assert "unreadable: 1 of 5 checkpoints; a resume ends with exit code 2 until the newest one can be read" in text
+    flip_bit(run / "checkpoints" / "2")
+    assert "damaged: 1 of 5, unreadable: 1 of 5 checkpoints" in verify_text(str(run))[0]
 
 
 @pytest.mark.parametrize(
