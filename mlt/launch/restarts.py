@@ -46,7 +46,7 @@ def combined(codes: Sequence[int]) -> int:
 
 
 def decide(run_dir: PurePath, code: int, *, restarts: int, max_restarts: int, max_losses: int) -> Decision:
-    """What to do after a run ended with `code`. Counts lost processes in the run directory.
+    """What to do after a run ended with `code`. Counts lost processes in the run directory, where that can be written.
 
     Args:
         run_dir: of the run.
@@ -67,9 +67,12 @@ def decide(run_dir: PurePath, code: int, *, restarts: int, max_restarts: int, ma
     paths = LaunchPaths(run_dir)
     step = newest_step(paths)
     losses = _losses(paths, step) + 1
-    paths.path.mkdir(parents=True, exist_ok=True)
-    write_whole(paths.losses_path, json.dumps({"step": step, "losses": losses}))
     since = f"with no checkpoint newer than that of step {step}" if step else "before the first checkpoint"
+    try:
+        paths.path.mkdir(parents=True, exist_ok=True)
+        write_whole(paths.losses_path, json.dumps({"step": step, "losses": losses}))
+    except OSError as error:  # a full disk is no reason to leave the run where it is; max_restarts bounds it still
+        since += f" (not counted: {paths.losses_path} cannot be written: {error.strerror})"
     if losses > max_losses:
         return Decision(False, f"lost a process {losses} times in a row {since}, and max_losses is {max_losses}")
     return Decision(True, f"lost a process (code {code}), the {_nth(losses)} time {since}: restart {restarts + 1}")

@@ -84,14 +84,17 @@ def _inherited() -> dict[str, str]:
 
 
 def _copy(source: IO[bytes], log_path: Path, shown: IO[bytes] | None) -> None:
-    with log_path.open("ab") as log:
+    """Read to the end whatever becomes of it: a process whose output nobody reads stops as soon as the pipe is full."""
+    with contextlib.ExitStack() as files:
+        kept = None
+        with contextlib.suppress(OSError):
+            kept = files.enter_context(log_path.open("ab", buffering=0))
         while block := os.read(source.fileno(), 1 << 16):
-            log.write(block)
-            log.flush()
-            if shown is not None:
-                with contextlib.suppress(OSError, ValueError):  # a closed terminal ends no run
-                    shown.write(block)
-                    shown.flush()
+            for place in (kept, shown):
+                if place is not None:
+                    with contextlib.suppress(OSError, ValueError):  # a full disk or a closed terminal ends no run
+                        place.write(block)
+                        place.flush()
 
 
 def _wait(running: Sequence[subprocess.Popen[bytes]], grace_seconds: float, say: Callable[[str], None]) -> None:
@@ -130,7 +133,9 @@ def _passing_on(running: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int
                 # A closed terminal asks for the same as the others do.
                 process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    # Under nohup the terminal may go.
+    heard = [number for number in _PASSED_ON if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, pass_on) for number in heard}
     try:
         yield asked
     finally:

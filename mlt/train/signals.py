@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM, SIGUSR1 and Ctrl-C ask the loop to save and leave; a second one ends the process at once."""
+"""Requests to stop: SIGTERM, SIGUSR1, Ctrl-C and a closed terminal ask the loop to save and leave; a second one does not wait."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _SAME_REQUEST_SECONDS = 1.0  # a launcher and the terminal may both pass one Ctrl-C on
 
 
@@ -34,6 +34,8 @@ class StopRequest:
         self._previous_fd = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="mlt-signals", daemon=True).start()
         for number in ASKING:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup: the terminal may go
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -59,9 +61,10 @@ class StopRequest:
             self._first, self.name = now, self.name or signal.Signals(number).name
         elif now - self._first >= _SAME_REQUEST_SECONDS:
             show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-            sys.stderr.write(
-                f"{show_cursor}mlt: {signal.Signals(number).name} after {self.name}: ended at once, nothing more was saved; "
-                "the same command resumes from the newest checkpoint\n"
-            )
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):  # the terminal may be what went
+                sys.stderr.write(
+                    f"{show_cursor}mlt: {signal.Signals(number).name} after {self.name}: ended at once, nothing more was saved; "
+                    "the same command resumes from the newest checkpoint\n"
+                )
+                sys.stderr.flush()
             self._end(128 + number)

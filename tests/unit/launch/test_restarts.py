@@ -39,6 +39,15 @@ def test_a_damaged_count_starts_anew(tmp_path):
     assert "first time" in decide(tmp_path, 70, restarts=1, **LIMITS).text
 
 
+def test_a_count_that_cannot_be_written_keeps_no_run_from_starting_again(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "launch").write_text("where the folder should be")
+    decision = decide(tmp_path, 70, restarts=0, **LIMITS)
+    assert decision.again
+    assert "losses.json cannot be written" in decision.text
+    assert not decide(tmp_path, 70, restarts=100, **LIMITS).again
+
+
 @pytest.mark.parametrize(
     ("codes", "code"),
     [

@@ -5,6 +5,9 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
+
+import pytest
 
 from mlt.launch.snapshot import code_digest, copy_code
 from mlt.launch.supervise import Program, supervise
@@ -55,6 +58,16 @@ def test_the_rest_is_killed_when_one_fails(tmp_path):
     assert not alive(int((tmp_path / "logs" / "stays.log").read_text()))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_log_that_cannot_be_written_stops_no_process(tmp_path):
+    more_than_a_pipe_holds = "print('x' * (1 << 20), flush=True); raise SystemExit(5)"
+    full = Program([sys.executable, "-c", more_than_a_pipe_holds], {}, Path("/dev/full"))
+    nowhere = Program([sys.executable, "-c", more_than_a_pipe_holds], {}, tmp_path)
+    started = time.monotonic()
+    assert supervise([full, nowhere], tmp_path, 5, print).codes == [5, 5]
+    assert time.monotonic() - started < 5
+
+
 def test_a_signal_goes_to_all(tmp_path):
     programs = [program(tmp_path, name, WAITS) for name in "ab"]
     logs = [tmp_path / "logs" / f"{name}.log" for name in "ab"]
@@ -70,6 +83,25 @@ def test_a_signal_goes_to_all(tmp_path):
     asking.join()
     assert (ended.codes, ended.asked) == ([75, 75], signal.SIGTERM)
     assert all("asked by 15" in path.read_text() for path in logs)
+
+
+@pytest.mark.parametrize(("handler", "codes"), [(signal.SIG_DFL, [75]), (signal.SIG_IGN, [0])])
+def test_a_closed_terminal_asks_unless_it_is_ignored(tmp_path, handler, codes):
+    waits = program(tmp_path, "a", WAITS.replace("60", "3"))
+
+    def close():
+        while not waits.log_path.exists() or "ready" not in waits.log_path.read_text():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, handler)
+    closing = threading.Thread(target=close)
+    try:
+        closing.start()
+        assert supervise([waits], tmp_path, 5, print).codes == codes
+    finally:
+        closing.join()
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_copy_of_the_code_is_whole_and_importable(tmp_path):
