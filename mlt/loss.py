@@ -59,7 +59,7 @@ def hidden_losses(model: LM, hidden_BTD: jax.Array, batch: Batch, rules: Rules, 
     return ops.cross_entropy(
         rules,
         hidden_BTD,
-        model.unembedding().astype(hidden_BTD.dtype),
+        model.unembedding(),
         batch["targets"],
         weights=batch["weights"],
         z_loss=z_loss,

@@ -96,10 +96,12 @@ class Part:
     Attributes:
         shape: sizes behind (B, T).
         axes: logical axis of each.
+        form: what else readers must agree on, in words: how keys are rotated.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
+    form: str = ""
 
 
 Published = dict[str, Part]
@@ -164,6 +166,23 @@ class Mixer(nnx.Module):
         Layers of a period come stacked, and so does their aux.
         """
         return self
+
+
+class AroundMemory(Mixer):
+    """A mixer around another one, `memory`, whose aux is its own: what moves with it moves."""
+
+    memory: Mixer
+
+    def updated(self, aux: Mapping[str, jax.Array]) -> "AroundMemory":
+        return self._around(self.memory.updated(aux))
+
+    def within_step(self, aux: Mapping[str, jax.Array]) -> "AroundMemory":
+        return self._around(self.memory.within_step(aux))
+
+    def _around(self, memory: Mixer) -> "AroundMemory":
+        new = jax.tree.map(lambda leaf: leaf, self)
+        new.memory = memory
+        return new
 
 
 class MixerConfig(Config):

@@ -59,16 +59,17 @@ class CausalConv(nnx.Module):
 
     def step(self, x: jax.Array, segment_ids_BT: jax.Array, halo: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Continue from `halo`; returns (y, halo for the next call)."""
-        flat, kernel, bias = self._flat(x)
-        before = halo.reshape(*halo.shape[:2], -1)
+        flat, *weights = self._flat(x)
+        kernel, bias = (None if given is None else given.astype(x.dtype) for given in weights)
+        before = halo.reshape(*halo.shape[:2], flat.shape[-1])
         out, after = mlt_kernels.causal_conv(
             flat, kernel, bias=bias, segment_ids=segment_ids_BT, halo=before, return_halo=True, **self._options()
         )
         return out.reshape(x.shape), after.reshape(halo.shape)
 
     def _flat(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        kernel = self.kernel[...].reshape(self.width, -1).astype(x.dtype)
-        bias = None if self.bias is None else self.bias[...].reshape(-1).astype(x.dtype)
+        kernel = self.kernel[...].reshape(self.width, -1)
+        bias = None if self.bias is None else self.bias[...].reshape(-1)
         return x.reshape(*x.shape[:2], -1), kernel, bias
 
     def _options(self) -> dict[str, Any]:

@@ -1,5 +1,10 @@
-"""Linear maps over one or more trailing dims."""
+"""Linear maps over one or more trailing dims.
 
+Where the input is of a narrower type than the parameters, gradients of the parameters are summed in the parameters' type, over
+tokens and, as they leave a device in it, over devices. A sum in bfloat16 stops growing once it is 256 times its addends.
+"""
+
+import functools
 import math
 
 import jax
@@ -35,5 +40,34 @@ class Linear(nnx.Module):
         self.bias = param(out_sizes, out_names, zeros, group="vector") if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.num_in)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        y = contract(x, self.kernel[...], self.num_in)
+        return y if self.bias is None else (y + self.bias[...]).astype(y.dtype)
+
+
+def contract(x: jax.Array, kernel: jax.Array, num_in: int) -> jax.Array:
+    """The last `num_in` dims of x with the first of the kernel, in x's type; the kernel's gradient is summed in the kernel's."""
+    if x.dtype == kernel.dtype:
+        return jnp.tensordot(x, kernel, axes=num_in)
+    return _mixed(x, kernel, num_in)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _mixed(x, kernel, num_in):
+    return jnp.tensordot(x, kernel.astype(x.dtype), axes=num_in)
+
+
+def _mixed_fwd(x, kernel, num_in):
+    return _mixed(x, kernel, num_in), (x, kernel)
+
+
+def _mixed_bwd(num_in, saved, grad):
+    x, kernel = saved
+    tokens, outs = tuple(range(x.ndim - num_in)), kernel.ndim - num_in
+    produced = tuple(range(grad.ndim - outs, grad.ndim)), tuple(range(num_in, kernel.ndim))
+    d_x = jax.lax.dot_general(grad, kernel.astype(x.dtype), (produced, ((), ())))
+    wide = jnp.promote_types(x.dtype, kernel.dtype)
+    d_kernel = jax.lax.dot_general(x, grad, ((tokens, tokens), ((), ())), preferred_element_type=wide)
+    return d_x, d_kernel.astype(kernel.dtype)
+
+
+_mixed.defvjp(_mixed_fwd, _mixed_bwd)

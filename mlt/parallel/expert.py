@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mlt.parallel import sequence
-from mlt.parallel.local import STREAM, TOKENS, Axes, local
+from mlt.parallel.local import STREAM, TOKENS, Axes, Whole, local
 from mlt.parallel.rules import LOGICAL_TO_MESH, Rules
 
 Network = Callable[..., jax.Array]
@@ -35,8 +35,8 @@ def run_experts(
     Args:
         network: (rows (R, D) sorted by expert, rows per expert (E,), *kernels) -> (R, D); rows behind the last group are
             padding and must come out as zero. With split hidden units it gives each shard's part of the sum.
-        kernels: parameters with experts first.
-        kernel_axes: their logical axes inside; a dim that is split over `fsdp` is gathered.
+        kernels: parameters with experts first, in the type they are kept in; they are cast to that of x.
+        kernel_axes: their logical axes; `embed` is gathered.
         x_BTD, experts_BTA, weights_BTA: tokens, the experts each one chose, all different, and the weights of their
             outputs. E, the number of experts, stands for none.
         capacity: how many tokens of a row go to one expert at most, if that is known (`within_capacity`): buffers between
@@ -46,14 +46,14 @@ def run_experts(
         y (B, T, D) in the dtype of x.
     """
     choice = (*TOKENS, None)
-    inputs = (STREAM, choice, choice, *kernel_axes)
+    inputs = (STREAM, choice, choice, *(Whole(axes, x_BTD.dtype) for axes in kernel_axes))
     shards = rules.size("experts")
 
     def run(x, experts, weights, *kernels):
         dims = x.shape
         if x.size == 0:
             return x
-        own = kernels[0].shape[0]
+        own, kernels = kernels[0].shape[0], tuple(kernel.astype(x.dtype) for kernel in kernels)
         # Rows that one owner may get from here: a token sends it no more than it has slots, and than the owner has experts.
         room = dims[0] * dims[1] * min(experts.shape[-1], own)
         if capacity is not None:

@@ -12,11 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import mlt_kernels
-from mlt_kernels.linear_recurrence import NormalizedState
-from mlt_kernels.linear_recurrence.reference import EMPTY_LOG_SCALE
 
-from mlt.parallel import carry, lookup, ring, sequence
-from mlt.parallel.local import CHANNELS, HEADS, KV_HEADS, Q_HEADS, STREAM, TOKENS, Axes, local
+from mlt.parallel import carry, crossings, entering, lookup, ring, sequence
+from mlt.parallel.local import CHANNELS, HEADS, KV_HEADS, Q_HEADS, STREAM, TOKENS, Axes, Whole, local
 from mlt.parallel.rules import Rules
 from mlt.parallel.table import CAPACITY, Strategy, WideRows
 from mlt.parallel.taps import TapedTable
@@ -44,7 +42,7 @@ def linear_recurrence(
         gates = {"log_decay": log_decay, "beta": beta, "log_input": log_input, "segment_ids": segment_ids}
         state = None
         if rules.size("seq") > 1:
-            state = _entering_matrix(rules, q, k, v, **gates, **options)
+            state = entering.of_linear_recurrence(rules, q, k, v, **gates, **options)
         return mlt_kernels.linear_recurrence(q, k, v, initial_state=state, **gates, **options)
 
     gate = {1: HEADS, 3: CHANNELS, 4: Q_HEADS}.get(getattr(log_decay, "ndim", 1))
@@ -70,7 +68,7 @@ def diagonal_recurrence(
     def run(a, b, segment_ids):
         state = None
         if rules.size("seq") > 1:
-            segments = _segments(b, segment_ids)
+            segments = sequence.segments_of(b, segment_ids)
             final = lambda b, start: mlt_kernels.diagonal_recurrence(  # noqa: E731
                 a, b, initial_state=start, segment_ids=segments, return_final_state=True, **options
             )[1]
@@ -79,7 +77,7 @@ def diagonal_recurrence(
             # A document that starts at token 0 does not take what is in front of it; `incoming` sees to that border.
             whole = sequence.one_document(segments).reshape(-1, *[1] * (a.ndim - 2))
             transition = jnp.where(whole, transition, jnp.zeros((), transition.dtype))
-            state = _entering(rules, segments, transition, final(b, None), carry.DIAGONAL)
+            state = entering.carried(rules, segments, transition, final(b, None), carry.DIAGONAL)
         return mlt_kernels.diagonal_recurrence(a, b, initial_state=state, segment_ids=segment_ids, **options)
 
     return local(run, rules, (axes, axes, TOKENS), axes)(a, b, segment_ids)
@@ -107,12 +105,12 @@ def selective_scan(
         scan = functools.partial(mlt_kernels.selective_scan, x, step, A, B, C, **options)
         state = None
         if rules.size("seq") > 1:
-            segments = _segments(x, segment_ids)
+            segments = sequence.segments_of(x, segment_ids)
             _, end = scan(segment_ids=segments, return_final_state=True)
             total_BD = jnp.where(segments[..., None] != 0, step.astype(jnp.float32), 0.0).sum(1)
             whole = sequence.one_document(segments)[:, None, None]
             transition = jnp.where(whole, jnp.exp(total_BD[..., None] * A.astype(jnp.float32)), 0.0)
-            state = _entering(rules, segments, transition, end, carry.DIAGONAL)
+            state = entering.carried(rules, segments, transition, end, carry.DIAGONAL)
         return scan(skip=skip, initial_state=state, segment_ids=segment_ids)
 
     shared = (*TOKENS, None)
@@ -133,19 +131,22 @@ def causal_conv(
     """`mlt_kernels.causal_conv` over the mesh; sequence shards pass on the inputs that the next one's taps reach.
 
     Args:
+        kernel_WD, bias: in the type they are kept in; they are cast to that of x.
         channels: logical axis of the channels.
         options: activation, dilation, implementation.
     """
     stream = ("batch", "seq", channels)
 
     def run(x, kernel, bias, segment_ids):
+        kernel, bias = (None if weights is None else weights.astype(x.dtype) for weights in (kernel, bias))
         halo = None
         if rules.size("seq") > 1:
             width = (kernel.shape[0] - 1) * options.get("dilation", 1)
-            halo = sequence.left_context(x, _segments(x, segment_ids), width, rules.size("seq"))
+            halo = sequence.left_context(x, sequence.segments_of(x, segment_ids), width, rules.size("seq"))
         return mlt_kernels.causal_conv(x, kernel, bias=bias, segment_ids=segment_ids, halo=halo, **options)
 
-    return local(run, rules, (stream, (None, channels), (channels,), TOKENS), stream)(x_BTD, kernel_WD, bias, segment_ids)
+    inputs = (stream, Whole((None, channels), x_BTD.dtype), Whole((channels,), x_BTD.dtype), TOKENS)
+    return local(run, rules, inputs, stream)(x_BTD, kernel_WD, bias, segment_ids)
 
 
 def attention(
@@ -170,10 +171,12 @@ def attention(
             return mlt_kernels.attention(q, k, v, segment_ids=segment_ids, sinks=sinks, **options)
         shape = {"tokens": q.shape[1] * size, "heads": q.shape[2], "kv_heads": k.shape[2], "window": options.get("window")}
         strategy = rules.attention
-        if strategy is not None and ring.refusal(strategy, **shape, size=size):
-            raise ValueError(f"attention over {size} sequence shards: {strategy!r} {ring.refusal(strategy, **shape, size=size)}")
-        strategy = strategy or ring.choose(**shape, size=size)
-        return ring.attend(q, k, v, _segments(q, segment_ids), sinks, strategy, ring.Options(size, **options))
+        if strategy is not None and crossings.refusal(strategy, **shape, size=size):
+            raise ValueError(
+                f"attention over {size} sequence shards: {strategy!r} {crossings.refusal(strategy, **shape, size=size)}"
+            )
+        strategy = strategy or crossings.choose(**shape, size=size)
+        return ring.attend(q, k, v, sequence.segments_of(q, segment_ids), sinks, strategy, ring.Options(size, **options))
 
     inputs = (Q_HEADS, KV_HEADS, KV_HEADS, TOKENS, HEADS)
     return local(run, rules, inputs, Q_HEADS)(q_BTNH, k_BTKH, v_BTKP, segment_ids, sinks)
@@ -233,10 +236,15 @@ def cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
 ) -> jax.Array:
-    """`mlt_kernels.cross_entropy` over the mesh, (B, T) losses. Vocabulary shards meet in two numbers per token."""
+    """`mlt_kernels.cross_entropy` over the mesh, (B, T) losses. Vocabulary shards meet in two numbers per token.
+
+    Args:
+        unembedding_DV: in the type it is kept in; it is cast to that of the hidden states.
+    """
     options = {"z_loss": z_loss, "softcap": softcap}
     if rules.mesh is None or rules.mesh.size == 1:
-        return mlt_kernels.cross_entropy(hidden_BTD, unembedding_DV, labels_BT, weights=weights, **options)
+        head = unembedding_DV.astype(hidden_BTD.dtype)
+        return mlt_kernels.cross_entropy(hidden_BTD, head, labels_BT, weights=weights, **options)
 
     def run(hidden, unembedding, labels, weights):
         if rules.size("vocab") == 1:
@@ -247,7 +255,7 @@ def cross_entropy(
         lse = jax.nn.logsumexp(jax.lax.all_gather(lse, "tensor"), axis=0)
         return weights * (lse - label_logit + z_loss * jnp.square(lse))
 
-    inputs = (STREAM, (None, "vocab"), TOKENS, TOKENS)
+    inputs = (STREAM, Whole(("embed", "vocab"), hidden_BTD.dtype), TOKENS, TOKENS)
     return local(run, rules, inputs, TOKENS)(hidden_BTD, unembedding_DV, labels_BT, weights)
 
 
@@ -296,62 +304,3 @@ def top_k(rules: Rules, x: jax.Array, k: int, axes: Axes) -> tuple[jax.Array, ja
         axes: logical axes of x.
     """
     return local(lambda x: tuple(jax.lax.top_k(x, k)), rules, (axes,), (axes, axes))(x)
-
-
-def _segments(like: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    return jnp.ones(like.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-
-
-def _entering(rules: Rules, segments: jax.Array, transition: Any, state: Any, algebra: Any) -> Any:
-    """The state in front of this shard, from every shard's transition and what it makes of an empty state."""
-    size = rules.size("seq")
-    zero = jax.tree.map(jnp.zeros_like, (transition, state))
-    passes_B = sequence.goes_on(segments, size)
-    return carry.incoming(transition, state, zero, passes_B, algebra, rules.carry, size)
-
-
-def _entering_matrix(rules, q, k, v, *, log_decay, beta, log_input, segment_ids, normalizer="none", **options):
-    segments = _segments(q, segment_ids)
-    gates = {"log_decay": log_decay, "beta": beta, "log_input": log_input, "segment_ids": segments}
-
-    def final(v, start):
-        run = mlt_kernels.linear_recurrence
-        return run(q, k, v, initial_state=start, normalizer=normalizer, return_final_state=True, **gates, **options)[1]
-
-    B, _, H, V = v.shape
-    K = k.shape[-1]
-    if options.get("rule") == "delta":
-        # The transition is a product of matrices: what the recurrence makes of the identity when it writes nothing.
-        values = jnp.concatenate([v, jnp.zeros((*v.shape[:3], K), v.dtype)], axis=-1)
-        eye = jnp.broadcast_to(jnp.eye(K, dtype=jnp.float32), (B, H, K, K))
-        both = final(values, jnp.concatenate([jnp.zeros((B, H, K, V), jnp.float32), eye], axis=-1))
-        whole = sequence.one_document(segments)[:, None, None, None]
-        transition = jnp.where(whole, both[..., V:], 0.0)
-        return _entering(rules, segments, transition, both[..., :V], carry.MATRIX)
-    total, whole = _total_decay(log_decay, segments, H)
-    if normalizer != "none":
-        return _entering_normalized(rules, segments, total, whole, final(v, None), normalizer)
-    whole = whole.reshape(-1, *[1] * (total.ndim - 1))
-    transition = jnp.where(whole, jnp.exp(total), 0.0)
-    return _entering(rules, segments, transition, final(v, None), carry.SCALED)
-
-
-def _total_decay(log_decay, segments, heads):
-    """Log decay over the whole shard, (B, H) or (B, H, K), and whether it is one document, (B,)."""
-    B, T = segments.shape
-    if log_decay is None:
-        log_decay = jnp.zeros((heads,), jnp.float32)
-    if log_decay.ndim == 1:
-        log_decay = jnp.broadcast_to(log_decay, (B, T, heads))
-    real = (segments != 0).reshape(B, T, *[1] * (log_decay.ndim - 2))
-    return jnp.where(real, log_decay.astype(jnp.float32), 0.0).sum(1), sequence.one_document(segments)
-
-
-def _entering_normalized(rules, segments, total, whole, state, normalizer):
-    empty = 0.0 if normalizer == "mlstm" else EMPTY_LOG_SCALE
-    nothing = NormalizedState(jnp.zeros_like(state.value), jnp.zeros_like(state.key_sum), jnp.full_like(state.log_scale, empty))
-    keep = jnp.broadcast_to(whole[:, None], total.shape)
-    zero = ((jnp.zeros_like(total), jnp.zeros_like(keep)), nothing)
-    size, passes_B = rules.size("seq"), sequence.goes_on(segments, size=rules.size("seq"))
-    algebra = carry.normalized(empty)
-    return carry.incoming((total, keep), state, zero, passes_B, algebra, rules.carry, size)

@@ -1,6 +1,5 @@
 """What crosses devices, read in the compiled programs: states of a fixed size, halos of their width, no whole sequence."""
 
-import importlib.util
 import pathlib
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compile_options import FUSED
+from tool_files import tool
 
 from mlt.mixers.base import BuildInfo, Context
 from mlt.mixers.sequence.gated_delta import GatedDelta
@@ -24,14 +24,7 @@ SHARDS, D = 8, 16
 INFO = BuildInfo(d_model=D, num_sub_layers=2, vocab_size=32)
 
 
-def _tool(name: str):
-    spec = importlib.util.spec_from_file_location(f"mlt_tools_{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-golden = _tool("golden")
+golden = tool("golden")
 
 
 def sent(config, length: int, *, gradient: bool, **strategies):

@@ -179,6 +179,11 @@ def test_padding_moves_no_bit(case):
 @pytest.mark.parametrize("prefix", [1, 40] if FULL else [40])
 def test_decoding_equals_the_full_pass(case, prefix):
     batch, x = case.batch(), case.stream()
+    # The last row's padding in front of it, as prompts of several lengths have it.
+    padding = int((batch["segment_ids"][-1] == 0).sum())
+    assert padding
+    for part in batch.values():
+        part[-1] = np.roll(part[-1], padding, axis=0)
     mixer = case.mixer
 
     @jax.jit

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mlt.mixers.base import BuildInfo, Context, SequenceMixerConfig
+from mlt.mixers.sequence.attention import Attention
 from mlt.mixers.sequence.delta_net import DeltaNet
 from mlt.mixers.sequence.differential_attention import DifferentialAttention
 from mlt.mixers.sequence.gated_delta import GatedDelta
@@ -351,9 +352,11 @@ def test_the_mixer_computes_its_papers_equations(paper, config):
 @pytest.mark.parametrize(
     "config",
     [
+        Attention(num_heads=2, head_dim=4, window=1),
         DifferentialAttention(num_heads=2, num_kv_heads=1, head_dim=4),
         LinearAttention(**small, normalizer="norm"),
         Mamba2(num_heads=2, head_dim=4, state_dim=3, step_limit=(0.5, 1.0)),
+        Mamba2(num_heads=2, head_dim=4, state_dim=3, conv_width=1),  # keeps no input at all
         MixtureOfMemories(**small, rule="gated_linear", shared_memory=False),
     ],
     ids=lambda config: type(config).__name__,
@@ -371,3 +374,6 @@ def test_options_that_no_example_has_decode(config):
         return jnp.concatenate(parts, axis=1)
 
     np.testing.assert_allclose(in_pieces(x), whole, rtol=0, atol=2e-5 * np.abs(whole).max())
+    state = jax.tree.leaves(mixer.init_state(1, x.shape[1], x.dtype))
+    kept = sum(leaf.size for leaf in state if jnp.issubdtype(leaf.dtype, jnp.floating))
+    assert config.state_size(x.shape[-1], x.shape[1]) == kept

@@ -10,14 +10,18 @@ import pytest
 
 from mlt.errors import UserError
 from mlt.mixers.base import BuildInfo, Context, SequenceMixerConfig
+from mlt.mixers.channel.moe import MoE
 from mlt.mixers.sequence.bmojo import BMojo
 from mlt.mixers.sequence.gss import GSS
 from mlt.mixers.sequence.lmu import LMU, legendre_system
 from mlt.mixers.sequence.mamba import Mamba
 from mlt.mixers.sequence.mem_mamba import MemMamba
+from mlt.mixers.sequence.parallel import Parallel
 from mlt.mixers.sequence.rg_lru import RGLRU, bounded_sqrt
 from mlt.mixers.sequence.s4d import S4D
 from mlt.mixers.sequence.s5 import LRU, S5
+from mlt.mixers.sequence.short_conv import ShortConv
+from mlt.mixers.sequence.zamba import SharedTransformer, ZambaLayer
 from mlt.mixers.state_space import legs_spectrum, poles
 from mlt.nn.param import initialize, named_leaves
 from mlt.parallel.mesh import Layout
@@ -385,3 +389,46 @@ def test_initial_values_are_the_papers():
     assert radius.min() > 0.899
     assert radius.max() < 0.9995
     assert np.mean(radius**2) == pytest.approx((0.81 + 0.998) / 2, abs=0.01)
+
+
+@pytest.mark.parametrize("config", [S4D(num_states=4), GSS(num_states=4), S5(num_states=4), LRU(num_states=4)])
+def test_no_parameter_of_a_linear_system_is_decayed(config):
+    """Complex ones least of all: they are pairs of reals, and no matrix to an optimizer that orthogonalizes."""
+    layer = ("output.", "gate.", "value.", "widen.")
+    system = [(name, spec) for name, spec in named_leaves(config.build(INFO)) if not name.startswith(layer)]
+    assert {spec.group for _, spec in system} == {"vector"}
+    assert len(system) >= 5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BMojo(num_heads=2, head_dim=4, window=4, interval=2, memory=RGLRU(num_heads=2, exchange="permute")),
+        MemMamba(memory=Mamba(state_dim=2, exchange="permute"), summary_dim=4, num_heads=2, slots=2, block=2),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_a_memory_crosses_sequence_shards_in_the_way_that_its_config_names(config):
+    mixer, (x, ctx), told = described(config), row((3, 2)), []
+    mixer.memory = lambda x, ctx: told.append(ctx.rules.carry) or (x, {})
+    mixer(x, ctx)
+    assert told == ["permute"]
+
+
+MOVING = Parallel(mixers=(ShortConv(), MoE(num_experts=4, num_experts_per_token=1, d_ff=4, global_balance_loss=0.1)))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BMojo(num_heads=2, head_dim=4, window=4, interval=2, memory=MOVING),
+        MemMamba(memory=MOVING, summary_dim=4, num_heads=2, slots=2, block=2),
+        ZambaLayer(name="t", transformer=SharedTransformer(num_heads=2, head_dim=4, d_ff=8), memory=MOVING, adapter_rank=None),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_what_moves_in_a_memory_moves_with_its_layer(config):
+    mixer, aux = initialize(config.build(INFO), 0), {"count/load/1": jnp.array([5, 1, 2, 0])}
+    np.testing.assert_allclose(mixer.updated(aux).memory.mixers[1].router_bias[...], [-1e-3, 1e-3, 0, 1e-3], atol=1e-9)
+    np.testing.assert_array_equal(mixer.within_step(aux).memory.mixers[1].load_before[...], [5, 1, 2, 0])
+    np.testing.assert_array_equal(mixer.memory.mixers[1].router_bias[...], 0)

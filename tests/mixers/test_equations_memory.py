@@ -255,3 +255,9 @@ def test_the_memory_of_an_elm_stays_within_its_bound():
     y = np.asarray(mixer(100 * x, context)[0])
     assert np.abs(y).max() <= 3.0 * 1.7159 * (1 + 1e-6)
     assert np.abs(y).max() > 1.0
+
+
+def test_a_cached_memory_leaves_the_exchange_to_its_layer():
+    (problem,) = MemoryCaching(memory=GatedDelta(num_heads=2, key_dim=4, exchange="permute")).problems()
+    assert (problem.path, problem.ways_out) == ("memory.exchange", "set exchange")
+    assert not list(MemoryCaching(memory=GatedDelta(num_heads=2, key_dim=4), exchange="permute").problems())

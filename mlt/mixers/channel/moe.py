@@ -239,7 +239,7 @@ class MoEMixer(Mixer):
         if self.shared_gate is None:
             return y_BTD
         gate_BT = jnp.dot(x_BTD, self.shared_gate[...].astype(x_BTD.dtype), preferred_element_type=jnp.float32)
-        return y_BTD * jax.nn.sigmoid(gate_BT)[..., None].astype(y_BTD.dtype)
+        return (y_BTD * jax.nn.sigmoid(gate_BT)[..., None]).astype(y_BTD.dtype)
 
     def _routed(self, x_BTD, logits_BTE, ctx):
         config = self.config
@@ -277,8 +277,8 @@ class MoEMixer(Mixer):
             dropped = jnp.sum(takes_BTA & ~fits_BTA, dtype=jnp.int32)
             takes_BTA = takes_BTA & fits_BTA
         experts_BTA = jnp.where(takes_BTA, experts_BTA, self.config.num_experts)
-        kernels = tuple(kernel[...].astype(x_BTD.dtype) for kernel in (self.gate, self.up, self.down))
-        axes = (("experts", None, "ffn"), ("experts", None, "ffn"), ("experts", "ffn", None))
+        kernels = tuple(kernel[...] for kernel in (self.gate, self.up, self.down))
+        axes = (("experts", "embed", "ffn"), ("experts", "embed", "ffn"), ("experts", "ffn", "embed"))
         tokens = (x_BTD, experts_BTA, weights_BTA)
         return run_experts(ctx.rules, self._network, kernels, axes, *tokens, capacity=capacity), dropped
 

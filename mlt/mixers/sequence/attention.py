@@ -9,6 +9,7 @@ from flax import nnx
 from mlt_kernels import attention
 
 from mlt.config.problems import Problem
+from mlt.mixers import cache
 from mlt.mixers.base import (
     Arrays,
     Aux,
@@ -21,11 +22,11 @@ from mlt.mixers.base import (
     save_point,
     shared_axis,
 )
-from mlt.mixers.rope_scaling import RopeScaling
+from mlt.mixers.rope_scaling import RopeScaling, rotation, rotation_form, rotation_problems
 from mlt.nn.linear import Linear
 from mlt.nn.norm import RMSNorm
 from mlt.nn.param import constant, fan_in, param, zeros
-from mlt.nn.rope import apply_rope, rope_frequencies
+from mlt.nn.rope import apply_rope
 from mlt.parallel import ops
 
 
@@ -91,7 +92,7 @@ class Attention(SequenceMixerConfig):
             if value is not None and value < 1:
                 yield Problem(name, value, "must be at least 1")
                 return
-        for name in ("rope_base", "softcap", "scale"):
+        for name in ("softcap", "scale"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 ways_out = "None means head_dim ** -0.5" if name == "scale" else "None turns it off"
@@ -103,19 +104,7 @@ class Attention(SequenceMixerConfig):
             yield Problem("publish", self.publish, "hands on the keys of all tokens, and a window keeps few", "use window=None")
         if self.value_residual is None and self.value_mix != "half":
             yield Problem("value_mix", self.value_mix, "is read with a value residual alone", "set value_residual")
-        yield from self._rope_problems()
-
-    def _rope_problems(self) -> Iterator[Problem]:
-        if self.rope_base is None:
-            for name in ("rotary_dim", "rope_scaling"):
-                if getattr(self, name) is not None:
-                    yield Problem(
-                        name, getattr(self, name), "is read with rotary positions alone", "leave it None, or set rope_base"
-                    )
-        elif self.rotary_dim is None and self.head_dim % 2:
-            yield Problem("head_dim", self.head_dim, "must be even under rotary positions", "use an even width or rope_base=None")
-        elif self.rotary_dim is not None and (self.rotary_dim % 2 or not 2 <= self.rotary_dim <= self.head_dim):
-            yield Problem("rotary_dim", self.rotary_dim, f"must be even and lie in [2, head_dim = {self.head_dim}]")
+        yield from rotation_problems(self)
 
     def build(self, info: BuildInfo) -> "AttentionMixer":
         return AttentionMixer(self, info)
@@ -130,18 +119,17 @@ class Attention(SequenceMixerConfig):
         return projections + 4 * width * seen
 
     def state_size(self, d_model: int, seq_len: int) -> int:
-        tokens = seq_len if self.window is None else min(seq_len, self.window - 1)
-        return 2 * tokens * self.kv_heads * self.head_dim
+        return 2 * cache.slots(seq_len, self.window) * self.kv_heads * self.head_dim
 
     def publishes(self, d_model: int) -> Mapping[str, Published]:
-        found = {} if self.publish is None else {self.publish: key_value_parts(self.kv_heads, self.head_dim)}
+        found = {} if self.publish is None else {self.publish: key_value_parts(self)}
         return found if self.publish_values is None else {**found, self.publish_values: self._value_part()}
 
     def reads(self, d_model: int) -> Mapping[str, Published]:
         return {} if self.value_residual is None else {self.value_residual: self._value_part()}
 
     def _value_part(self) -> Published:
-        return {"value": key_value_parts(self.kv_heads, self.head_dim)["value"]}
+        return {"value": key_value_parts(self)["value"]}
 
     @classmethod
     def example(cls) -> tuple["Attention", BuildInfo]:
@@ -149,10 +137,11 @@ class Attention(SequenceMixerConfig):
         return config, BuildInfo(d_model=32, num_sub_layers=4, vocab_size=64)
 
 
-def key_value_parts(kv_heads: int, head_dim: int) -> Published:
-    """Keys and values, as an attention layer publishes them."""
-    part = Part((kv_heads, head_dim), (shared_axis(kv_heads), "head_dim"))
-    return {"key": part, "value": part}
+def key_value_parts(config: Any) -> Published:
+    """Keys and values, as an attention layer publishes them, and as one that attends to them takes them to be."""
+    sizes, axes = (config.kv_heads, config.head_dim), (shared_axis(config.kv_heads), "head_dim")
+    form = rotation_form(config.rope_base, config.rotary_dim, config.rope_scaling)
+    return {"key": Part(sizes, axes, form), "value": Part(sizes, axes)}
 
 
 class AttentionMixer(Mixer):
@@ -183,12 +172,8 @@ class AttentionMixer(Mixer):
 
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
         """A cache of keys and values: the last `window - 1` tokens, or all of `max_length`."""
-        window = self.config.window
-        slots = max_length if window is None else min(max_length, max(window - 1, 1))
-        shape = (batch, slots, self.config.kv_heads, self.config.head_dim)
-        empty = jnp.zeros((batch, slots), jnp.int32)
-        keys, values = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-        return {"key": keys, "value": values, "segment": empty, "position": empty, "length": jnp.zeros((), jnp.int32)}
+        heads = (self.config.kv_heads, self.config.head_dim)
+        return cache.empty_cache(batch, cache.slots(max_length, self.config.window), dtype, key=heads, value=heads)
 
     def step(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any]:
         """Attend to the cache and to the new tokens; the window keeps its last tokens, the full cache appends."""
@@ -196,15 +181,7 @@ class AttentionMixer(Mixer):
 
     def step_and_publish(self, x_BTD: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any, dict[str, Arrays]]:
         own_BTKH, (q_BTNH, k_BTKH, v_BTKH) = self._project(x_BTD, ctx)
-        new = {"key": k_BTKH, "value": v_BTKH, "segment": ctx.segment_ids, "position": ctx.positions}
-        if self.config.window is None:
-            start = state["length"]
-            seen = {name: jax.lax.dynamic_update_slice_in_dim(state[name], new[name], start, axis=1) for name in new}
-            kept = seen
-        else:
-            slots = state["key"].shape[1]
-            seen = {name: jnp.concatenate([state[name], new[name]], axis=1) for name in new}
-            kept = {name: value[:, -slots:] for name, value in seen.items()}
+        seen, kept = cache.extend(state, ctx, window=self.config.window, key=k_BTKH, value=v_BTKH)
         o_BTNH = attention(
             q_BTNH,
             seen["key"],
@@ -214,7 +191,6 @@ class AttentionMixer(Mixer):
             sinks=self._sinks(),
             **self._options(),
         )
-        kept = {**kept, "length": state["length"] + x_BTD.shape[1]}
         return self._finish(o_BTNH, x_BTD), kept, self._published(seen, own_BTKH)
 
     def _project(self, x_BTD, ctx):
@@ -224,8 +200,7 @@ class AttentionMixer(Mixer):
         if self.query_norm is not None:
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         if self.config.rope_base is not None:
-            q_BTNH = apply_rope(q_BTNH, ctx.positions, **self._rotation())
-            k_BTKH = apply_rope(k_BTKH, ctx.positions, **self._rotation())
+            q_BTNH, k_BTKH = (apply_rope(x, ctx.positions, **rotation(self.config)) for x in (q_BTNH, k_BTKH))
         return own_BTKH, tuple(save_point(part, "attention_qkv") for part in (q_BTNH, k_BTKH, v_BTKH))
 
     def _values(self, own_BTKH, x_BTD, ctx):
@@ -235,21 +210,13 @@ class AttentionMixer(Mixer):
         earlier_BTKH = ctx.published[self.config.value_residual]["value"]
         if self.value_mix is None:
             return (earlier_BTKH + own_BTKH) * 0.5
-        mix = self.value_mix[...].astype(own_BTKH.dtype)
-        return mix[0] * earlier_BTKH + mix[1] * own_BTKH
+        mix = self.value_mix[...]
+        return (mix[0] * earlier_BTKH + mix[1] * own_BTKH).astype(own_BTKH.dtype)
 
     def _published(self, seen, own_BTKH):
         config = self.config
         found = {} if config.publish is None else {config.publish: seen}
         return found if config.publish_values is None else {**found, config.publish_values: {"value": own_BTKH}}
-
-    def _rotation(self):
-        config = self.config
-        base, width = config.rope_base, config.rotary_dim or config.head_dim
-        if config.rope_scaling is not None:
-            scaling = config.rope_scaling
-            return {"base": base, "frequency": scaling.frequencies(base, width), "gain": scaling.gain}
-        return {"base": base, "frequency": None if config.rotary_dim is None else rope_frequencies(base, width)}
 
     def _options(self):
         config = self.config

@@ -11,7 +11,7 @@ from mlt_kernels.attention import merge
 
 from mlt.config.problems import Problem
 from mlt.mixers import cache
-from mlt.mixers.base import Aux, BuildInfo, Context, Mixer, SequenceMixerConfig, save_point, shared_axis
+from mlt.mixers.base import AroundMemory, Aux, BuildInfo, Context, SequenceMixerConfig, exchanging, save_point, shared_axis
 from mlt.mixers.blocks import ending_at, ends, last_tokens
 from mlt.mixers.sequence.rg_lru import RGLRU
 from mlt.mixers.sizes import not_divisor, not_positive
@@ -96,7 +96,7 @@ class BMojo(SequenceMixerConfig):
         return config, BuildInfo(d_model=32, num_sub_layers=4, vocab_size=64)
 
 
-class BMojoMixer(Mixer):
+class BMojoMixer(AroundMemory):
     def __init__(self, config: BMojo, info: BuildInfo):
         self.config = config
         n, k, h = config.num_heads, config.kv_heads, config.head_dim
@@ -114,7 +114,7 @@ class BMojoMixer(Mixer):
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Aux]:
         config, interval = self.config, self.config.interval
-        y_BTD, aux = self.memory(x_BTD, ctx)
+        y_BTD, aux = self.memory(x_BTD, exchanging(ctx, config.memory.exchange))
         q_BTNH, recent, fading = self._project(x_BTD, y_BTD, ctx)
         size = ctx.rules.size("seq")
 
@@ -156,11 +156,6 @@ class BMojoMixer(Mixer):
             new["kept"] = self._keep(config.interval, recent, fading, tokens, state["kept"])
         o_BTNH = self._attend(q_BTNH, tokens, recent, fading, new.get("kept"))
         return self.output(o_BTNH), new
-
-    def updated(self, aux: Aux) -> "BMojoMixer":
-        new = jax.tree.map(lambda leaf: leaf, self)
-        new.memory = self.memory.updated(aux)
-        return new
 
     def _project(self, x_BTD, y_BTD, ctx):
         """(queries, keys and values of the stream, those of the memory)"""

@@ -118,4 +118,4 @@ class LizardMixer(RecurrentMixer):
             implementation=config.kernel,
         )
         gla_BTNH, anchor_BTNH = save_point(gla_BTNH, "recurrence_out"), save_point(anchor_BTNH, "attention_out")
-        return self.output(gla_BTNH + self.alpha[...].astype(gla_BTNH.dtype) * anchor_BTNH)
+        return self.output((gla_BTNH + self.alpha[...] * anchor_BTNH).astype(gla_BTNH.dtype))

@@ -121,7 +121,8 @@ class Mamba2Mixer(PublishingMixer):
         y_BTHP = row.linear_recurrence(
             read_BTGN, write_BTGN, value_BTHP, log_decay=log_decay_BTH, scale=1.0, implementation=self.config.kernel
         )
-        y_BTHP = save_point(y_BTHP, "recurrence_out") + self.skip[...][:, None].astype(y_BTHP.dtype) * x_BTHP
+        y_BTHP = save_point(y_BTHP, "recurrence_out")
+        y_BTHP = (y_BTHP + self.skip[...][:, None] * x_BTHP).astype(y_BTHP.dtype)
         row.publish(self.config.publish, memory=y_BTHP.reshape(*y_BTHP.shape[:2], -1))
         return self.output(self._gated(y_BTHP.astype(jnp.float32), gate_BTHP).astype(x_BTD.dtype))
 

@@ -10,7 +10,18 @@ from mlt_kernels.attention import merge
 
 from mlt.config.problems import Problem
 from mlt.mixers import cache
-from mlt.mixers.base import Arrays, Aux, BuildInfo, Context, Mixer, MixerConfig, Part, Published, SequenceMixerConfig, exchanging
+from mlt.mixers.base import (
+    AroundMemory,
+    Arrays,
+    Aux,
+    BuildInfo,
+    Context,
+    MixerConfig,
+    Part,
+    Published,
+    SequenceMixerConfig,
+    exchanging,
+)
 from mlt.mixers.blocks import ending_at, ends
 from mlt.mixers.recurrent import Continuation, Row
 from mlt.mixers.sequence.mamba import Mamba
@@ -103,7 +114,7 @@ class MemMamba(SequenceMixerConfig):
         return (cls(memory=ShortConv(), summary_dim=8, num_heads=4, slots=3, block=4, publish="notes"),)
 
 
-class MemMambaMixer(Mixer):
+class MemMambaMixer(AroundMemory):
     def __init__(self, config: MemMamba, info: BuildInfo):
         self.config = config
         heads = (("heads", config.num_heads), ("head_dim", config.summary_dim // config.num_heads))
@@ -151,11 +162,6 @@ class MemMambaMixer(Mixer):
         pools = {name: row.new[name] for name in state["pools"]}
         return y_BTD, {"notes": notes, "pools": pools, "memory": memory}, self._published(summary_BTS)
 
-    def updated(self, aux: Aux) -> "MemMambaMixer":
-        new = jax.tree.map(lambda leaf: leaf, self)
-        new.memory = self.memory.updated(aux)
-        return new
-
     def _notes(self, x_BTD: jax.Array) -> jax.Array:
         return jax.nn.sigmoid(self.importance(x_BTD)) * self.note(x_BTD)
 
@@ -166,8 +172,8 @@ class MemMambaMixer(Mixer):
     def _read(self, x_BTD: jax.Array, summary_BTS: jax.Array, row: Row) -> jax.Array:
         """What the pools add to the stream; `summary` is the max over the block that would end at a token."""
         read_BTNH, _ = _attend(self.config, row, self.query(x_BTD), self.key(summary_BTS), self.value(summary_BTS), "pool")
-        gate_BT1 = self.alpha[...].astype(x_BTD.dtype) * jax.nn.sigmoid(self.read_gate(x_BTD))
-        read_BTD = gate_BT1 * self.fuse(read_BTNH.astype(x_BTD.dtype))
+        gate_BT1 = self.alpha[...] * jax.nn.sigmoid(self.read_gate(x_BTD))
+        read_BTD = (gate_BT1 * self.fuse(read_BTNH.astype(x_BTD.dtype))).astype(x_BTD.dtype)
         return read_BTD if self.layers is None else read_BTD + self.layers(x_BTD, row)
 
 
@@ -190,7 +196,7 @@ class CrossLayerRead(nnx.Module):
             (summary_BTS,) = row.ctx.published[name].values()
             parts.append(_attend(self.config, row, q_BTNH, self.key(summary_BTS), self.value(summary_BTS), name))
         read_BTNH, _ = merge(parts)
-        return self.beta[...].astype(x_BTD.dtype) * self.fuse(read_BTNH.astype(x_BTD.dtype))
+        return (self.beta[...] * self.fuse(read_BTNH.astype(x_BTD.dtype))).astype(x_BTD.dtype)
 
 
 def _attend(config, row, q_BTNH, k_BTNH, v_BTNH, name):

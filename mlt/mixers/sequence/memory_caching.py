@@ -60,6 +60,8 @@ class MemoryCaching(SequenceMixerConfig):
             yield Problem("memory", name, "has no matrix state to keep", "use GatedDelta, Mamba2, KimiDelta or another")
         if self.kernel is not None:
             yield Problem("kernel", self.kernel, "must be None", "set memory.kernel")
+        if self.memory.exchange is not None:
+            yield Problem("memory.exchange", self.memory.exchange, "is the layer's to say", "set exchange")
 
     def whole_rows(self) -> str | None:
         return None if self.independent else "set its independent=True"

@@ -32,7 +32,7 @@ class MLSTM(SequenceMixerConfig):
         key_dim: width of a query or key (K).
         value_dim: width of a value (V); None means twice key_dim.
         gate_soft_cap: gate pre-activations become cap * tanh(pre / cap).
-        norm: of each head; the papers say layer norm, the 7B model has rms.
+        norm: of each head; layer norm in the papers and in released layers.
     """
 
     context: ClassVar[str] = "carry"

@@ -134,8 +134,8 @@ class SharedSystem(RecurrentMixer):
     def __init__(self, config: S5 | LRU, info: BuildInfo, write: Init, read: Init):
         self.config = config
         d, states = info.d_model, config.num_states
-        self.write = param((d, states, 2), ("embed", "heads", None), write)
-        self.read = param((states, d, 2), ("heads", "embed", None), read)
+        self.write = param((d, states, 2), ("embed", "heads", None), write, group="vector")
+        self.read = param((states, d, 2), ("heads", "embed", None), read, group="vector")
         self.skip = param((d,), (None,), normal(1.0), group="vector")
 
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
@@ -157,7 +157,7 @@ class SharedSystem(RecurrentMixer):
         # Re(C h) is the real product of the parts, the imaginary ones with a minus.
         parts = jnp.stack([h_BTP.real, -h_BTP.imag], axis=-1).astype(dtype)
         y_BTD = jnp.einsum("btpc,pdc->btd", parts, self.read[...].astype(dtype))
-        return y_BTD + self.skip[...].astype(dtype) * x_BTD
+        return (y_BTD + self.skip[...] * x_BTD).astype(dtype)
 
 
 class S5Mixer(SharedSystem):

@@ -13,10 +13,10 @@ from mlt.config.problems import Problem
 from mlt.mixers import cache
 from mlt.mixers.base import (
     EMBEDDING,
+    AroundMemory,
     Aux,
     BuildInfo,
     Context,
-    Mixer,
     Part,
     Published,
     SequenceMixerConfig,
@@ -216,7 +216,7 @@ class ZambaLayer(SequenceMixerConfig):
         return config, BuildInfo(d_model=32, num_sub_layers=4, vocab_size=64)
 
 
-class ZambaLayerMixer(Mixer):
+class ZambaLayerMixer(AroundMemory):
     def __init__(self, config: ZambaLayer, info: BuildInfo):
         self.config = config
         d, stream = info.d_model, (("embed", info.d_model),)
