@@ -18,11 +18,11 @@ class Schedule(Config):
 
 
 class WarmupCosine(Schedule):
-    """Linear warm-up, then half a cosine down to a fraction of the peak at the last step.
+    """Linear warm-up, then half a cosine down to a fraction of the peak at the end of the run.
 
     Attributes:
         warmup_steps: length of the warm-up.
-        final_fraction: last learning rate over the peak.
+        final_fraction: learning rate at the end over the peak: the last step is one short of it.
     """
 
     warmup_steps: int
@@ -46,8 +46,8 @@ class WarmupStableDecay(Schedule):
 
     Attributes:
         warmup_steps: length of the warm-up.
-        decay_steps: length of the fall.
-        final_fraction: last learning rate over the peak.
+        decay_steps: length of the fall; of a run too short for both, what the warm-up leaves.
+        final_fraction: learning rate at the end over the peak: the last step is one short of it.
     """
 
     warmup_steps: int
@@ -62,7 +62,8 @@ class WarmupStableDecay(Schedule):
             yield Problem("final_fraction", self.final_fraction, "must lie in [0, 1]")
 
     def build(self, peak: float, steps: int) -> optax.Schedule:
-        rise = optax.linear_schedule(peak / (self.warmup_steps + 1), peak, max(self.warmup_steps, 1))
-        fall = optax.linear_schedule(peak, peak * self.final_fraction, max(self.decay_steps, 1))
-        start = max(steps - self.decay_steps, self.warmup_steps)
-        return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [self.warmup_steps, start])
+        warmup = min(self.warmup_steps, steps)
+        start = max(steps - self.decay_steps, warmup)
+        rise = optax.linear_schedule(peak / (warmup + 1), peak, max(warmup, 1))
+        fall = optax.linear_schedule(peak, peak * self.final_fraction, max(steps - start, 1))
+        return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warmup, start])

@@ -62,7 +62,8 @@ class Evaluator:
         fields = {**cluster_fields(config), **({} if self._hashes is None else self._hashes.fields())}
         self.shapes = abstract_batch(setup.rules, data.batch_size, data.sequence_length, fields)
         places = setup.hashes.reads or self.feed.places
-        self.batches = list(validation_batches(data, setup.corpus, max_rows=max_rows, places=places))
+        # Made when they are read: the rows of a large split take ten times the memory of its tokens.
+        self.batches = validation_batches(data, setup.corpus, max_rows=max_rows, places=places)
         token_bytes = setup.corpus.tokenizer.token_bytes()
         whole = validation_batches(data, setup.corpus, max_rows=max_rows)
         self.num_bytes = sum(int((token_bytes[batch["targets"]] * (batch["weights"] > 0)).sum()) for batch in whole)

@@ -48,7 +48,8 @@ class Logbook:
         sinks.log(step, values)
         # What is off from a teacher is no text's cost.
         is_cost = setup.options.teacher is None or not setup.options.teacher.distill.listens
-        bits_per_byte = values["train/loss"] / math.log(2) * setup.tokens_per_byte if is_cost else None
+        targets_per_byte = setup.targets_per_byte((step - 1) * setup.config.data.batch_size)
+        bits_per_byte = values["train/loss"] / math.log(2) * targets_per_byte if is_cost else None
         self._console.logged(step, values, bits_per_byte)
 
     def raise_alarm(self, name: str) -> None:

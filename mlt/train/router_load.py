@@ -47,7 +47,9 @@ def _counts(stack: Stack, aux: Any, name: str) -> Iterator[tuple[tuple[str, ...]
                 continue
             below = f"sub_layers.{path[1].idx}" + "".join(f".mixers.{number}" for number in reversed(inside))
             layers = tuple(f"layers.{depth + repeat * len(blocks) + path[0].idx}.{below}" for repeat in repeats)
-            yield layers, leaf if part in SCANNED else leaf[None]
+            # Products with the number of experts, and sums over layers, may not fit the counts' 32 bits.
+            counts = leaf.astype(jnp.float32)
+            yield layers, counts if part in SCANNED else counts[None]
         depth += len(repeats) * len(blocks)
 
 

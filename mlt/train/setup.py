@@ -15,10 +15,11 @@ from mlt.nn.param import partition
 from mlt.parallel.rules import Rules
 from mlt.train.distill import frozen
 from mlt.train.feed import Feed
+from mlt.train.fit import check_fits
 from mlt.train.hashing import HostHashes
 from mlt.train.host_tables import HostTables
-from mlt.train.residents import Resident, num_hosts, on_devices, on_host, residents
-from mlt.train.state import TrainState, create_state
+from mlt.train.residents import Resident, moving_bytes, num_hosts, on_devices, on_host, residents
+from mlt.train.state import TrainState, abstract_state, create_state
 from mlt.train.step import StepOptions
 from mlt.train.teacher import load_teacher, start_arrays
 
@@ -47,10 +48,13 @@ class Setup:
     def tokens_per_step(self) -> int:
         return self.config.data.batch_size * self.config.data.sequence_length
 
-    @property
-    def tokens_per_byte(self) -> float:
-        """Tokens over bytes of the whole corpus."""
-        return sum(len(source.tokens) for source in self.corpus.sources) / self.corpus.bytes_read
+    def targets_per_byte(self, row: int) -> float:
+        """Targets over the bytes of text that they stand for, on average, where the mixture is that of `row`."""
+        sources = self.corpus.sources
+        shares = [counts for first, counts in self.config.data.mixture.counts() if first <= row][-1]
+        # The id that starts a document is nobody's target.
+        bytes_per_target = [source.bytes_read / (len(source.tokens) - len(source.held_out_D)) for source in sources]
+        return sum(shares) / sum(share * each for share, each in zip(shares, bytes_per_target, strict=True))
 
     @functools.cached_property
     def hashes(self) -> HostHashes:
@@ -110,13 +114,19 @@ def prepare(config: RunConfig, rules: Rules, stop: Callable[[], object] | None =
     """Read the corpus and describe the model. Touches no run directory.
 
     Raises:
-        UserError: the data cannot be read, or the model does not fit the mesh.
+        UserError: the data cannot be read, or the model does not fit the mesh or its devices.
         WaitStopped: `stop()` became true while the corpus was read.
     """
-    specs = on_devices(config, describe_model(config), num_hosts(config, rules))
+    hosts = num_hosts(config, rules)
+    whole = describe_model(config)
+    specs = on_devices(config, whole, hosts)
     rules.param_shardings(specs)
+    optimizer = build_optimizer(config, specs)
+    if config.train.check_memory:
+        moving = moving_bytes(residents(config, whole, hosts), rules)
+        check_fits(abstract_state(specs, optimizer, rules), specs, rules, besides=moving, lazy=getattr(optimizer, "lazy", ()))
     corpus = load_corpus(config.data, stop=stop)
     if config.data.neighbours is not None:
         config.data.neighbours.opened(corpus)  # refused here where they are those of other documents
     options = dataclasses.replace(step_options(config, rules, specs), teacher=load_teacher(config, rules))
-    return Setup(config, rules, corpus, specs, build_optimizer(config, specs), options)
+    return Setup(config, rules, corpus, specs, optimizer, options)

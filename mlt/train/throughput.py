@@ -45,14 +45,15 @@ class Utilization:
         return {"throughput/mfu": tokens_per_second * self.flops_per_token(segment_ids_BT) / self._rate}
 
     def flops_per_token(self, segment_ids_BT: np.ndarray) -> float:
-        """Forward and backward (twice the forward) FLOPs per token, averaged over the documents of the rows.
+        """Forward and backward (twice the forward) FLOPs per position, averaged over the rows.
 
-        A token sees its own document only, so a row of short documents costs less attention than one long one.
+        A token sees its own document only, so a row of short documents costs less attention than one long one. Padding, which
+        the throughput counts, is no work of the model.
         """
         lengths = np.concatenate([np.unique(row[row > 0], return_counts=True)[1] for row in segment_ids_BT])
         if not len(lengths):
             return 0.0
-        return 3 * float(sum(self._forward(int(length)) * length for length in lengths)) / float(lengths.sum())
+        return 3 * float(sum(self._forward(int(length)) * length for length in lengths)) / segment_ids_BT.size
 
     def _forward(self, length: int) -> float:
         if length not in self._known:

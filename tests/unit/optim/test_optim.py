@@ -32,6 +32,15 @@ def test_warmup_stable_decay():
     assert float(rate(100)) == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.parametrize(("warmup", "decay", "steps"), [(50, 80, 100), (100, 100, 100), (0, 300, 100)])
+def test_the_fall_ends_with_a_run_too_short_for_all_of_it(warmup, decay, steps):
+    rate = WarmupStableDecay(warmup_steps=warmup, decay_steps=decay).build(2.0, steps)
+    values = [float(rate(i)) for i in range(steps + 1)]
+    assert max(values) == pytest.approx(2.0)
+    assert values[-1] == pytest.approx(0.0 if warmup < steps else 2.0, abs=1e-6)
+    assert values[warmup:] == sorted(values[warmup:], reverse=True)
+
+
 def test_adamw_decays_matrices_only_and_follows_the_formula():
     config = LMConfig(d_model=8, vocab_size=16, stack=Stack(period=(Block(mixers=(SwiGLU(d_ff=8),)),), repeats=2))
     specs = config.build()

@@ -40,6 +40,7 @@ def test_both_scores_are_of_the_same_tokens():
     calls = []
     result = evaluator(model, lambda: calls.append(1))
     assert len(calls) == 2 * len(evaluator.batches)
+    assert evaluator.batches[0] is not evaluator.batches[0], "held-out rows stay in memory"
 
     options = {"dtype": setup.options.dtype, "remat": setup.options.remat}
     losses_of = jax.jit(lambda model, batch: token_losses(model, batch, setup.rules, **options)[0])

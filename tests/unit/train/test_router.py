@@ -60,6 +60,15 @@ def test_load_metrics_are_of_the_step_and_named_by_layer():
     assert float(load_metrics(Stack(period=period), nothing)["aux/max_violation"]) == 0.0
 
 
+def test_load_metrics_of_batches_whose_products_need_more_than_32_bits():
+    stack = Stack(period=(Block(mixers=(EXPERTS,)),), repeats=4)
+    loads = jnp.tile(jnp.array([600_000_000, 0, 0, 0], jnp.int32), (4, 1))
+    aux = {"period": [[{"count/load": loads, "count/dropped": jnp.full(4, 300_000_000, jnp.int32)}]]}
+    found = load_metrics(stack, aux)
+    assert float(found["aux/max_violation"]) == pytest.approx(3.0)
+    assert float(found["aux/dropped_share"]) == pytest.approx(0.5)
+
+
 @pytest.fixture(scope="module")
 def run():
     """(specs, optimizer, compiled step, states): a small model's state before and after each of two steps."""

@@ -25,12 +25,12 @@ def forward(length: int) -> float:
     return count(MODEL, MODEL.build(), length).flops_per_token
 
 
-def test_model_flops_are_those_of_the_plan_for_whole_rows_and_less_for_packed_ones():
+def test_model_flops_are_those_of_the_plan_for_whole_rows_and_less_for_packed_or_padded_ones():
     used = Utilization(CONFIG, device_kind="NVIDIA H100 80GB HBM3", num_devices=4)
     whole = np.ones((2, 64), np.int32)
     assert used.flops_per_token(whole) == pytest.approx(3 * forward(64))
     packed = np.concatenate([np.full(16, 1), np.full(40, 2), np.zeros(8)]).astype(np.int32)[None]
-    assert used.flops_per_token(packed) == pytest.approx(3 * (16 * forward(16) + 40 * forward(40)) / 56)
+    assert used.flops_per_token(packed) == pytest.approx(3 * (16 * forward(16) + 40 * forward(40)) / 64)
     assert used.flops_per_token(packed) < used.flops_per_token(whole)
     assert used.metrics(1e6, whole) == {"throughput/mfu": pytest.approx(1e6 * 3 * forward(64) / (4 * 989e12))}
 
