@@ -15,6 +15,7 @@ class RunPaths:
     plan.txt        the printed plan                samples.jsonl   texts drawn on the way
     checkpoints/    <step>/{state,data,meta}        report.html     the page made of all of these
     logs/           of processes and launchers      run.lock        held by the process that trains here
+    profile/        traces of steps, by process
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -37,6 +38,10 @@ class RunPaths:
     def stacks_path(self, index: int) -> Path:
         """Where process `index` writes the stacks of its threads when it hangs."""
         return self.logs_path / f"stacks-{index}.txt"
+
+    def profile_path(self, index: int) -> Path:
+        """Where process `index` writes the steps that it traces."""
+        return self.path / "profile" / str(index)
 
     def in_use(self) -> bool:
         """Tell whether a process trains here now, as far as the file system knows."""

@@ -63,7 +63,7 @@ class SubLayer(nnx.Module):
         self.connection = None if several is None else several.build(info.d_model, place)
         norm = {"eps": config.norm_eps, "unit_offset": config.unit_offset_norm}
         self.norm = stream_norm(config.norm, info.d_model, **norm) if mixer.pre_norm else None
-        self.mixer = mixer.build(info)
+        self.mixer, self.kind = mixer.build(info), type(mixer).__name__
         self.post_norm = stream_norm(config.norm, info.d_model, **norm) if config.post_norm else None
         self.residual_scale = config.residual_scale
         self.replaces = mixer.replaces
@@ -79,9 +79,11 @@ class SubLayer(nnx.Module):
         x = save_point(x, "sub_layer_in")
         ctx = self._own(ctx, lambda value: save_point(value, "published"))
         ctx = exchanging(ctx, self.exchange)
-        read, mixing = self._read(x)
-        y, aux, published = self.mixer.call_and_publish(read, ctx)
-        return self._add(x, save_point(y, "mixer_out"), mixing, ctx), aux, self._laid_out(published, ctx)
+        # What profiles call the operations.
+        with jax.named_scope(self.kind):
+            read, mixing = self._read(x)
+            y, aux, published = self.mixer.call_and_publish(read, ctx)
+            return self._add(x, save_point(y, "mixer_out"), mixing, ctx), aux, self._laid_out(published, ctx)
 
     def step(self, x: jax.Array, state: Any, ctx: Context) -> tuple[jax.Array, Any, dict[str, Arrays]]:
         inner = self._own(ctx, lambda value: value)

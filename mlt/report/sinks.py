@@ -1,18 +1,20 @@
 """Where metrics go: always to metrics.jsonl, on request elsewhere as well. No sink ever stops a training."""
 
 import collections
+import io
 import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol, Self
+from typing import Any, Protocol, Self
 
 import jax
 
 from mlt.config.base import Config
 from mlt.config.problems import Problem
+from mlt.report.profile import ProfileConfig
 from mlt.report.wandb_sink import WandbConfig, WandbSink
 from mlt.run_paths import RunPaths, replacing
 
@@ -27,10 +29,12 @@ class LogConfig(Config):
     Attributes:
         every_steps: interval of the training metrics; the first and the last step are always logged.
         wandb: also log to Weights & Biases; None does not import it.
+        profile: trace a few steps with JAX's profiler; None traces nothing.
     """
 
     every_steps: int = 10
     wandb: WandbConfig | None = None
+    profile: ProfileConfig | None = None
 
     def problems(self) -> Iterator[Problem]:
         if self.every_steps < 1:
@@ -63,7 +67,7 @@ class JsonLinesSink:
     def __init__(self, path: Path) -> None:
         """Append to a file, after the last whole line of it."""
         self.path = path
-        self._file: IO[str] | None = None
+        self._file: io.FileIO | None = None
         self._torn = path.exists() and not _ends_with_newline(path)
 
     def start(self, step: int, facts: Mapping[str, Any]) -> None:
@@ -103,16 +107,14 @@ class JsonLinesSink:
         line = json.dumps(row, allow_nan=False) + "\n"
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", buffering=1)
+            # Without a buffer: what a full disk refuses must not be written once more when the file is closed.
+            self._file = self.path.open("ab", buffering=0)
         if self._torn:  # a crash or a full disk cut the last line off: it must not swallow this one
             line = "\n" + line
         self._torn = True
-        try:
-            self._file.write(line)
-            self._file.flush()
-        except OSError:
-            self._file = None  # with what it holds back, which would be written twice
-            raise
+        data = line.encode()
+        while data:
+            data = data[self._file.write(data) :]
         self._torn = False
 
 

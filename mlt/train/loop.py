@@ -12,10 +12,10 @@ from mlt.config.check import check_run
 from mlt.config.run import RunConfig
 from mlt.data.loader import Loader, WaitStopped, open_loader
 from mlt.errors import Preempted
-from mlt.optim.fit import check_fits
 from mlt.parallel.devices import split_axes
 from mlt.plan.text import plan_text
 from mlt.report.console import RunConsole, open_console
+from mlt.report.profile import Profiler
 from mlt.report.sinks import open_sinks
 from mlt.train.between import evaluate, sample
 from mlt.train.checkpoints import open_checkpointer
@@ -29,7 +29,7 @@ from mlt.train.evaluate import Evaluator
 from mlt.train.peers import ALONE, Alone
 from mlt.train.processes import Processes
 from mlt.train.repeat import step_twice
-from mlt.train.residents import moving_bytes, num_hosts
+from mlt.train.residents import num_hosts
 from mlt.train.rolling_back import roll_back
 from mlt.train.run_config import check_config, keep_config
 from mlt.train.run_directory import RunDirectory
@@ -52,7 +52,7 @@ def train(config: RunConfig, run_dir: Path, processes: Processes | None = None) 
         processes: this process's place among those of the run; None where it is the only one.
 
     Raises:
-        UserError: the config, data, mesh or directory is wrong; nothing has been written then.
+        UserError: the config, data, mesh or directory is wrong; where no step was taken, a new directory is gone again.
         Preempted: a signal asked to stop; what there was to save is saved.
         RunFailed: it cannot go on: too many skipped steps, a last save that fails, devices that do not repeat a step.
         PeerLost: another process died.
@@ -92,13 +92,11 @@ class Loop:
         self.stopping, self.watchdog, self.skips = self.services.stopping, self.services.watchdog, self.services.skips
         self.goodput, self.book = self.services.goodput, self.services.book
         self.course = Course(from_seed=True)
+        self.profiler = Profiler(self.config.log.profile, directory.profile_path(peers.index))
         self._compiler = Compiler(self.services)
 
     def run(self) -> None:
         abstract = abstract_state(self.setup.specs, self.setup.optimizer, self.setup.rules)
-        besides = moving_bytes(self.tables.tables, self.setup.rules)
-        lazy = getattr(self.setup.optimizer, "lazy", ())
-        check_fits(abstract, self.setup.specs, self.setup.rules, besides=besides, lazy=lazy)
         plan = plan_text(self.config, self.setup.whole_specs, num_hosts(self.config, self.setup.rules))
         for line in keep_config(self.directory, self.config):
             self.console.say(f"config: {line}")
@@ -140,6 +138,7 @@ class Loop:
             self.stopping.pass_point()
             if self.stopping.name is not None or (due and not self._evaluate(first, state)):
                 raise self.stopping.preempted(f"before step {first + 1}, with nothing to save")
+            self.directory.begun = True
             self._finish(self._to_the_end(step_fn, abstract, state, first, position))
 
     def _to_the_end(self, step_fn: Any, abstract: TrainState, state: TrainState, first: int, position: Any) -> TrainState:
@@ -172,7 +171,10 @@ class Loop:
         position = loader.state()
         self.skips.documents = loader.rows.documents
         self.console.start(first)
+        if self.profiler.turns(first):
+            self._tell(self.profiler.turn(first))
         clock.reset(first)
+        step = first
         try:
             with self.goodput.during("step"):
                 for step in range(first + 1, last + 1):
@@ -203,10 +205,13 @@ class Loop:
                     self.stopping.pass_point()
                     pausing = step % config.evaluation.every_steps == 0 or step == steps
                     saving = step % config.checkpoint.every_steps == 0
-                    if not (pausing or saving or self.stopping.name is not None):
+                    tracing = step < last and self.profiler.turns(step)
+                    if not (pausing or saving or tracing or self.stopping.name is not None):
                         continue
                     self._settle_all(in_flight, pending, clock)
                     pending = None
+                    if tracing:
+                        self._tell(self.profiler.turn(step))
                     # Evaluated before it is saved: a kill in between repeats both, one after it loses neither.
                     due = pausing and not self._evaluate(step, state)
                     if self.stopping.name is not None and (step < steps or due):
@@ -216,6 +221,7 @@ class Loop:
                         self.saver.persist(step, self.tables.whole(state), position, self.course)
                     clock.reset(step)
         finally:
+            self._tell(self.profiler.close(step))
             self.console.stop()
             loader.close()
         return state
@@ -223,9 +229,14 @@ class Loop:
     def _step(self, step: int, step_fn: Any, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         """One step; done twice and compared where the config asks for it."""
         every = self.config.train.check_every_steps
-        if every is None or step % every:
-            return step_fn(state, batch)
-        return step_twice(step, step_fn, state, batch, self.services)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            if every is None or step % every:
+                return step_fn(state, batch)
+            return step_twice(step, step_fn, state, batch, self.services)
+
+    def _tell(self, line: str | None) -> None:
+        if line is not None:
+            self.console.say(line)
 
     def compile_step(self, abstract: TrainState) -> Any:
         """The compiled step. It takes exactly these shapes: a recompile is an error, not a delay."""
