@@ -1,0 +1,5 @@
+"""`python -m mlt.cli`: the `mlt` command of an interpreter."""
+
+from mlt.cli import main
+
+main()
