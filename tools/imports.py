@@ -26,7 +26,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "optim": ("nn", "parallel", "config", "errors"),
     "loss": ("kernels", "model", "mixers", "parallel"),
     "report": ("checkpoint", *COMMON),
-    "plan": ("kernels", "optim", "model", "mixers", "parallel", "nn", "config", "errors", "train"),
+    "plan": ("kernels", "optim", "model", "mixers", "parallel", "nn", "config", "errors", "train", "report"),
     "train": ("model", "mixers", "nn", "parallel", "data", "optim", "loss", "checkpoint", "report", "plan", *COMMON),
     "checkpoint": ("errors",),
     "export": ("model", "mixers", "nn", "parallel", "data", "train", "checkpoint", "config", "errors", "__init__"),

@@ -28,12 +28,14 @@ class Collective:
     shapes: (type, dims) of each array that it gives on one device.
     times: executions in one run of the program.
     source: what in the traced program it came from.
+    group: devices that take part together; None where the program names pairs of them, or all.
     """
 
     kind: str
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     times: int
     source: str
+    group: int | None = None
 
     @property
     def bytes(self) -> int:
@@ -80,7 +82,9 @@ def _walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator
     for line in computations.get(name, ()):
         found = _COLLECTIVE.search(line)
         if found and _group_size(line) != 1:
-            yield Collective(found.group(2), _shapes(found.group(1), line), times, _source(line))
+            yield Collective(
+                found.group(2), _shapes(found.group(2), found.group(1), line), times, _source(line), _group_size(line)
+            )
         if found:
             continue
         trips = _TRIPS.search(line)
@@ -104,10 +108,23 @@ def _group_size(line: str) -> int | None:
     return None
 
 
-def _shapes(result: str, line: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    arrays = [(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in _ARRAY.findall(result)]
-    # The asynchronous form gives (operand, result, ...) as one tuple.
-    return tuple(arrays[1:2] if "-start(" in line and len(arrays) > 1 else arrays)
+def _shapes(kind: str, result: str, line: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Type and dims of each result. The asynchronous form gives (operands, results, ...), but for a sum, which gives results."""
+    if "-start(" in line and kind != "all-reduce" and result.startswith("("):
+        result = _elements(result)[1]
+    return tuple((kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in _ARRAY.findall(result))
+
+
+def _elements(text: str) -> list[str]:
+    """The elements of a tuple type."""
+    found, depth = [""], 0
+    for letter in text[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += letter
+    return found
 
 
 def _source(line: str) -> str:
