@@ -79,7 +79,7 @@ def text(one: Forecast) -> Iterator[str]:
         yield f"{'memory' if i == 0 else '':<12} {byte_size(size):>10}  {name}"
     yield f"{'':<12} {byte_size(one.nbytes):>10}  of each device at the fullest moment ({one.moment}): {_verdict(one)}"
     yield (
-        f"compute      {one.flops / 1e12:,.1f} TFLOP of a device a step, {one.flops / max(one.model_flops, 1):.2f} times its "
+        f"compute      {_flops(one.flops)} of a device a step, {one.flops / max(one.model_flops, 1):.2f} times its "
         f"share of the model's; {seconds(one.compute_seconds)} at the device's rates"
     )
     for i, crossing in enumerate(c for c in one.crossings if c.nbytes >= HIDDEN_BYTES):
@@ -133,6 +133,10 @@ def facts(one: Forecast) -> dict[str, Any]:
 
 def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms" if value >= 1e-3 else f"{1e6 * value:.0f} us"
+
+
+def _flops(value: float) -> str:
+    return f"{value / 1e12:,.1f} TFLOP" if value >= 1e11 else f"{value / 1e9:,.1f} GFLOP"
 
 
 def _table(found: list[Forecast]) -> Iterator[str]:

@@ -380,7 +380,7 @@ class Program:
 
     def _body(self, body: Any, given: list[Value], rounds: int) -> list[Value]:
         outer, self.region = self.region, Region(self.region.depth + 1)
-        self._times *= rounds
+        before, self._times = self._times, self._times * rounds
         try:
             results = self._walk(body.jaxpr, body.consts, given)
             self.region.time += 1
@@ -388,14 +388,13 @@ class Program:
                 self._end(value)
             outer.inner.append((outer.time, self.region.held()))
         finally:
-            self._times = self._times // rounds if rounds else self._saved_times
-            self.region = outer
+            self._times, self.region = before, outer
         return results
 
     @contextlib.contextmanager
     def _unrecorded(self) -> Iterator[None]:
         """Only splits are learned; what is done does not count."""
-        tally, region, self._saved_times = self.tally, self.region, self._times
+        tally, region = self.tally, self.region
         self.tally, self.region = Tally(), Region(region.depth)
         try:
             yield

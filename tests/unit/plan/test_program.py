@@ -68,6 +68,18 @@ def test_a_loop_holds_its_body_once_and_works_as_often_as_it_runs():
     assert {depth for depth, _ in held.stores} == {0, 1}
 
 
+def test_loops_in_loops_work_as_often_as_both_run_and_so_does_what_stands_behind_them():
+    def loops(x, w):
+        inner = lambda x, _: (jnp.tanh(x @ w), None)  # noqa: E731
+        outer = lambda x, _: (jax.lax.scan(inner, x, None, length=3)[0], None)  # noqa: E731
+        return jax.lax.scan(outer, x, None, length=5)[0] @ w
+
+    split = (("fsdp",), ())
+    _, tally = walk(loops, ((4 * N, N), split), ((N, N), split))
+    assert tally.flops == (3 * 5 + 1) * 2 * N**3
+    assert tally.crossings[("all-gather", ("fsdp",))] == (3 * 5 + 1) * 3 / 4 * MATRIX
+
+
 def test_recomputation_counts_as_products_and_not_as_memory():
     def loss(remat):
         def layer(x, w):
