@@ -36,7 +36,23 @@ MORE: dict[str, dict[str, dict[str, Any]]] = {
         for decay in ("none", "scalar", "vector")
         for K, V in ((24, 40), (64, 128), (256, 512), (512, 256))
         for options in ({"rule": rule, "return_final_state": True, "return_chunk_states": True, "chunk_size": 256},)
-    }
+    },
+    "causal_conv": {
+        "over_the_ends": {
+            "B": 2,
+            "T": 1100,
+            "D": 600,
+            "W": 4,
+            "bias": True,
+            "activation": "silu",
+            "segments": True,
+            "halo": True,
+        },
+        "farthest": {"B": 1, "T": 700, "D": 640, "W": 5, "dilation": 32, "segments": True, "halo": True},
+        "most_taps": {"B": 1, "T": 512, "D": 512, "W": 16, "bias": True},
+        "two_tokens": {"B": 1, "T": 2, "D": 8, "W": 3, "dilation": 2, "activation": "silu", "segments": True, "halo": True},
+        "one_tap": {"B": 1, "T": 130, "D": 130, "W": 1, "segments": True},
+    },
 }
 """Sizes beside each op's bench cases, as fields of its `Case`."""
 LINE = "{:<44} {:<9} {:<5} {:<7} {:>8} {:>8}"
@@ -101,8 +117,9 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[str, Any, Any]]:
             if name.startswith("cpu_") or not any(part in name for part in options.only):
                 continue
             fields = {field.name for field in dataclasses.fields(case)}
-            # Rows and tokens change no kernel, but arguments() makes them all.
-            case = dataclasses.replace(case, **{x: n for x, n in {"B": 1, "T": 500}.items() if x in fields})
+            # Rows and tokens change no kernel where `MORE` does not say so, but arguments() makes them all.
+            few = {x: n for x, n in {"B": 1, "T": 500}.items() if x in fields and x not in MORE.get(op, {}).get(name, {})}
+            case = dataclasses.replace(case, **few)
             example = module.arguments(case)
             static = {x: value for x, value in example.items() if not all(map(is_array, jax.tree.leaves(value)))}
 

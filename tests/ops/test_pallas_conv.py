@@ -1,4 +1,4 @@
-"""The GPU kernels of `causal_conv`, interpreted against float64 and lowered for a GPU."""
+"""The Pallas kernels of `causal_conv`, interpreted against float64 and lowered for the accelerators."""
 
 import functools
 import importlib
@@ -11,27 +11,35 @@ from mlt_kernels import causal_conv, dispatch, pallas
 from mlt_kernels.causal_conv.cases import Case, arguments
 from mlt_kernels.testing import assert_close, cast_floating, check_isolation, cotangents, largest_array_in, value_and_grads
 
-KERNELS = importlib.import_module("mlt_kernels.causal_conv.pallas_gpu")
+GPU, TPU = (importlib.import_module(f"mlt_kernels.causal_conv.pallas_{kind}") for kind in ("gpu", "tpu"))
 CASES = {
     "halo": Case(B=2, T=45, D=5, W=4, bias=True, activation="silu", segments=True, halo=True),
     "widest": Case(B=2, T=33, D=3, W=8, bias=True, activation="silu", segments=True),
     "narrowest": Case(B=1, T=18, D=4, W=2),
+    "blocks": Case(B=2, T=300, D=140, W=4, bias=True, activation="silu", segments=True, halo=True),
+    "far": Case(B=1, T=140, D=4, W=5, dilation=20, activation="silu", segments=True, halo=True),
+    "one_tap": Case(B=1, T=3, D=4, W=1, bias=True, activation="silu"),
 }
-"""Several pieces each, the last of them ragged; the widest kernel reaches over a whole piece."""
+"""Several pieces or blocks each, the last of them ragged; the widest kernel reaches over a whole piece, the far one over most of
+a block."""
+RUNS = [("pallas_gpu", name) for name in ("halo", "widest", "narrowest")]
+RUNS += [("pallas_tpu", name) for name in ("halo", "blocks", "far", "one_tap")]
 
 
 @pytest.fixture
 def small_pieces(monkeypatch):
     """The interpreter compiles every unrolled token."""
-    monkeypatch.setattr(KERNELS, "GROUP", 2)
-    monkeypatch.setattr(KERNELS, "PIECE", 6)
+    monkeypatch.setattr(GPU, "GROUP", 2)
+    monkeypatch.setattr(GPU, "PIECE", 6)
+    monkeypatch.setattr(TPU, "TOKENS", 128)
+    monkeypatch.setattr(TPU, "CHANNELS", 128)
 
 
 def split(case):
     """(function of the array arguments, array arguments)."""
     made = arguments(case)
     static = {name: made.pop(name) for name in ("activation", "dilation") if name in made}
-    return functools.partial(causal_conv, **static, return_halo=True), made
+    return functools.partial(causal_conv, **static, return_halo=case.W > 1), made
 
 
 @functools.cache
@@ -41,9 +49,9 @@ def compiled(name, implementation):
 
 
 @pytest.mark.usefixtures("small_pieces")
-@pytest.mark.parametrize("name", CASES)
-def test_values_gradients_and_isolation(name):
-    fn, run = compiled(name, "pallas_gpu")
+@pytest.mark.parametrize(("kernel", "name"), RUNS)
+def test_values_gradients_and_isolation(kernel, name):
+    fn, run = compiled(name, kernel)
     packed = split(CASES[name])[1]
     datasets = [packed]
     if "segment_ids" in packed:
@@ -60,12 +68,13 @@ def test_values_gradients_and_isolation(name):
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_bfloat16():
+@pytest.mark.parametrize("kernel", ["pallas_gpu", "pallas_tpu"])
+def test_bfloat16(kernel):
     fn, args = split(CASES["halo"])
     low = cast_floating(args, jnp.bfloat16)
     cts = cotangents(jax.eval_shape(lambda args: fn(**args), low))
     with pallas.interpret():
-        found = compiled("halo", "pallas_gpu")[1](low, cts)
+        found = compiled("halo", kernel)[1](low, cts)
     with jax.enable_x64(True):
         expected = jax.tree.map(np.asarray, compiled("halo", "reference")[1](*cast_floating((low, cts), jnp.float64)))
     assert found[0][0].dtype == jnp.bfloat16
@@ -83,17 +92,35 @@ def test_refusals_say_why():
             causal_conv(x, jnp.ones((9, 2)), implementation="pallas_gpu")
 
 
-def test_lowering_at_the_standard_shape():
+def test_refusals_on_a_tpu_say_why():
+    x = jnp.ones((1, 4, 2))
+    with pytest.raises(dispatch.UnsupportedError, match="planned for cpu"):
+        causal_conv(x, jnp.ones((4, 2)), implementation="pallas_tpu")
+    with pallas.interpret():
+        with pytest.raises(dispatch.UnsupportedError, match=r"4 taps with dilation=43; .* 128 tokens"):
+            causal_conv(x, jnp.ones((4, 2)), dilation=43, implementation="pallas_tpu")
+        with pytest.raises(dispatch.UnsupportedError, match="17 taps"):
+            causal_conv(x, jnp.ones((17, 2)), implementation="pallas_tpu")
+        with pytest.raises(dispatch.UnsupportedError, match="float16"):
+            causal_conv(x.astype(jnp.float16), jnp.ones((4, 2)), implementation="pallas_tpu")
+
+
+DEVICES = {"pallas_gpu": ("cuda", "NVIDIA H200", "gpu", "triton"), "pallas_tpu": ("tpu", "TPU v5e", "tpu", "tpu_custom_call")}
+
+
+@pytest.mark.parametrize("kernel", DEVICES)
+def test_lowering_at_the_standard_shape(kernel):
+    target, kind, platform, call = DEVICES[kernel]
     made, D = jax.ShapeDtypeStruct, 4096
     x = made((8, 4096, D), jnp.bfloat16)
     shapes = (x, made((4, D), jnp.float32), made((D,), jnp.float32), made(x.shape[:2], jnp.int32))
 
-    def fn(x, kernel, bias, segments):
-        conv = functools.partial(causal_conv, activation="silu", segment_ids=segments, implementation="pallas_gpu")
-        y, pullback = jax.vjp(lambda x, kernel, bias: conv(x, kernel, bias=bias), x, kernel, bias)
+    def fn(x, kernel_WD, bias, segments):
+        conv = functools.partial(causal_conv, activation="silu", segment_ids=segments, implementation=kernel)
+        y, pullback = jax.vjp(lambda x, kernel_WD, bias: conv(x, kernel_WD, bias=bias), x, kernel_WD, bias)
         return y, pullback(x)
 
-    with pallas.target_device():
-        text = jax.jit(fn).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    with pallas.target_device(kind, platform=platform, cores=1 if platform == "tpu" else 132):
+        text = jax.jit(fn).trace(*shapes).lower(lowering_platforms=(target,)).as_text()
         assert largest_array_in(fn, *shapes) == x.size
-    assert text.count("triton") >= 2
+    assert text.count(call) >= 2

@@ -2,8 +2,6 @@
 
 So is the gradient of the inputs. Those of kernel and bias are sums over all tokens, which XLA's CPU backend reads column by
 column: there they are summed a few rows at a time, ten times as fast.
-
-It is the form for a TPU too: nothing is left for a kernel to fuse.
 """
 
 from functools import partial
