@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from mlt_kernels import dispatch
 
-from mlt.bench import clock, floor, measure, peers
+from mlt.bench import clock, floor, gate, measure, peers
 from mlt.bench.measure import Measured
 from mlt.bench.rows import Row
 
@@ -56,6 +56,25 @@ def measured(row: Row, names: Sequence[str], found_peers: Sequence[peers.Peer] =
         bind = functools.partial(peers.ready, peer, row, device="cuda")
         measure.attempt(found, functools.partial(_time, found, bind, wanted))
     return results
+
+
+def portable(row: Row) -> Any:
+    """Result and gradients of the portable backend at full size, on the inputs that `tried` compares with."""
+    return peers.to_numpy(measure.ours(row, "chunked", *measure.inputs(row, 0)).both())
+
+
+def tried(row: Row, name: str, wanted: Any) -> Measured:
+    """One backend with the block sizes that hold now: the gate, agreement with `wanted`, then its times. Nothing raises.
+
+    Programs compiled before are dropped: they have the sizes that held then.
+    """
+    gate.compiled.cache_clear()
+    jax.clear_caches()
+    (found,) = measure.gated(row, [name])
+    if not found.why:
+        bind = functools.partial(measure.ours, row, name)
+        measure.attempt(found, functools.partial(_time, found, bind, [wanted], keep=found.error))
+    return found
 
 
 def _time(found: Measured, bind: Any, wanted: list[Any], *, keep: float | None = None) -> None:

@@ -29,7 +29,7 @@ def bench(
     suite = suite or ("cpu" if dispatch.platform() == "cpu" else "std")
     chosen = [row for row in rows(suite) if op in (None, row.op)]
     if not chosen:
-        raise UserError(f"mlt bench: op {op!r} has no row in suite {suite!r}; its cases.py names no case of that kind in BENCHES")
+        raise UserError(f"op {op!r} has no row in suite {suite!r}; its cases.py names no case of that kind in BENCHES")
     return _print_rows(chosen, backends, core, say)
 
 
@@ -69,7 +69,7 @@ def _known(what: str, name: str, known: Sequence[str]) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"mlt bench: no {what} {name!r}{hint}\npresent: {', '.join(known)}")
+        raise UserError(f"there is no {what} {name!r}{hint}\npresent: {', '.join(known)}")
 
 
 def _selectable(op: str) -> Sequence[str]:

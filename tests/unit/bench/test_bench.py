@@ -1,7 +1,6 @@
 """Benches without a long run: costs against hand-computed floors, gates that must fail, and the GPU script's plan."""
 
 import dataclasses
-import importlib.util
 import pathlib
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from mlt_kernels import dispatch
+from tool_files import tool
 
 from mlt.bench import floor, gate, measure, peers, rows, suites
 from mlt.bench.run import bench
@@ -18,14 +18,6 @@ from mlt.errors import UserError
 
 STANDARD = suites.rows("std")
 ROOT = pathlib.Path(__file__).parents[3]
-
-
-def tool(name):
-    spec = importlib.util.spec_from_file_location(f"mlt_tools_{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def small_row():
