@@ -1,5 +1,6 @@
 """Conformance helpers shared by the tests of every op and mixer: errors, gradients, segments, isolation, shapes."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -219,6 +220,52 @@ def check_causality(
         after = run(changed)
         early = [jax.tree.map(lambda x: np.asarray(x)[:, :t], tree) for tree in (after, before)]  # noqa: B023
         assert_same_bits(*early, what=f"tokens from {t} on perturbed: ")
+
+
+def evaluate(op: Callable[..., Any], implementation: str, arguments: Mapping[str, Any]) -> Any:
+    """Result and gradients of a public op of the package, compiled; arguments that hold no array are static."""
+    arrays = {name: x for name, x in arguments.items() if _holds_arrays(x)}
+    fn = functools.partial(op, implementation=implementation, **{k: x for k, x in arguments.items() if k not in arrays})
+    return jax.jit(lambda arrays: value_and_grads(fn, arrays))(arrays)
+
+
+def oracle(op: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """The same of the op's reference in float64."""
+    with jax.enable_x64(True):
+        wide = {name: cast_floating(x, jnp.float64) if _holds_arrays(x) else x for name, x in arguments.items()}
+        return jax.tree.map(np.asarray, evaluate(op, "reference", wide))
+
+
+def _holds_arrays(x: Any) -> bool:
+    return any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(x))
+
+
+def check_grouped_rows(fn: Callable[[Any, Any], Any], *, rows: int, groups: int, dims: tuple[int, int], dtype: Any) -> None:
+    """Asserts, to the bit, that a row's output and gradient do not depend on other rows, group sizes or its place.
+
+    Args:
+      fn: takes rows (M, K) and group sizes (E,) and gives rows (M, N).
+      rows, groups, dims: M, E and (K, N).
+    """
+    rng = np.random.default_rng(0)
+    row, d_row = (rng.standard_normal(dim) for dim in dims)
+
+    @jax.jit
+    def run(x: Any, d_out: Any, sizes: Any) -> tuple[Any, Any]:
+        out, pullback = jax.vjp(lambda x: fn(x, sizes), x)
+        return out, pullback(d_out)[0]
+
+    first = None
+    for trial in range(10):
+        sizes = rng.multinomial(int(rng.integers(1, rows + 1)), rng.dirichlet(np.full(groups, 0.5)))
+        sizes[1] = max(1, sizes[1] - max(0, sizes.sum() - rows + 1))
+        at = sizes[0] + (0 if trial == 0 else sizes[1] - 1 if trial == 1 else int(rng.integers(sizes[1])))
+        x, d_out = rng.standard_normal((rows, dims[0])) * 10.0**trial, rng.standard_normal((rows, dims[1]))
+        x[at], d_out[at] = row, d_row
+        result = run(jnp.asarray(x, dtype), jnp.asarray(d_out, dtype), jnp.asarray(sizes, jnp.int32))
+        found = [np.asarray(y[at], np.float32) for y in result]
+        first = found if first is None else first
+        assert_same_bits(found, first, what=f"trial {trial}: ")
 
 
 def array_shapes_in(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> set[tuple[int, ...]]:

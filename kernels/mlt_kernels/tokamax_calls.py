@@ -10,11 +10,11 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from mlt_kernels import dispatch
+from mlt_kernels.refusals import first_line, refusal
 
 IMPLEMENTATION = "mosaic_gpu"
 """Name in tokamax's tables; tests put `xla` there, the same function in portable form."""
@@ -34,19 +34,10 @@ def unsupported(dtype: Any) -> str | None:
 
 def refused(fn: Callable[..., Any], arrays: tuple[Any, ...], *others: Any) -> str | None:
     """What tokamax itself says of `fn(*arrays, *others)` and its gradients in `arrays`, e.g. of the GPU present; else None."""
-    like: Any = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (arrays, others))
-
-    def both(arrays: Any, others: Any) -> Any:
-        out, pull = jax.vjp(lambda *x: fn(*x, *others), *arrays)
-        return pull(out)
-
-    try:
-        jax.eval_shape(both, *like)
-    except ImportError as error:
-        return f"this version of tokamax is not the one known here: {_line(error)}"
-    except (NotImplementedError, ValueError) as error:
-        return f"tokamax refuses it: {_line(error)}"
-    return None
+    error = refusal(fn, arrays, *others, errors=(ImportError, NotImplementedError, ValueError))
+    if isinstance(error, ImportError):
+        return f"this version of tokamax is not the one known here: {first_line(error)}"
+    return None if error is None else f"tokamax refuses it: {first_line(error)}"
 
 
 def attention(
@@ -63,7 +54,3 @@ def attention(
 def ragged_dot(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
     """As `jax.lax.ragged_dot`, but what stands in rows of no group is undefined."""
     return importlib.import_module("tokamax").ragged_dot(lhs, rhs, group_sizes, implementation=IMPLEMENTATION)
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,8 +1,8 @@
 """What every Triton backend shares: calls through jax-triton, the interpreter, and what is missing on this machine.
 
 `triton` and `jax_triton` are imported when a kernel is first called. A kernel takes its input arrays, its numbers, its
-output arrays and then its `tl.constexpr` options by name. Triton interprets kernels on a CPU if the process was started
-with TRITON_INTERPRET=1, which tests switch on:
+output arrays and then its `tl.constexpr` options by name, each kind on lines of its own (`# fmt: skip` keeps them so). Triton
+interprets kernels on a CPU if the process was started with TRITON_INTERPRET=1, which tests switch on:
 
     with triton_calls.interpret():
         causal_conv(..., implementation="triton_gpu")
@@ -48,7 +48,7 @@ def interpret(on: bool = True) -> Iterator[None]:
     Raises:
       RuntimeError: the process was not started for it: Triton decides when it is imported.
     """
-    if on and not _started_for_interpreter():
+    if on and not started_for_interpreter():
         raise RuntimeError(
             f"triton_calls.interpret: {INTERPRETER_VARIABLE}={os.environ.get(INTERPRETER_VARIABLE)!r}; expected '1', set "
             "before Triton is imported. Start Python again with it"
@@ -67,9 +67,14 @@ def unsupported() -> str | None:
     missing = [name for name in (PACKAGES[:1] if interpreting() else PACKAGES) if importlib.util.find_spec(name) is None]
     if missing:
         return f"{' and '.join(missing)} not installed (pip install jax-triton triton, beside a jax for CUDA)"
-    if _started_for_interpreter() and not interpreting():
+    if started_for_interpreter() and not interpreting():
         return f"{INTERPRETER_VARIABLE}=1 is set: Triton compiles nothing in this process"
     return None
+
+
+def started_for_interpreter() -> bool:
+    """Whether Triton interprets kernels in this process, by the values of its variable that Triton takes for true."""
+    return os.environ.get(INTERPRETER_VARIABLE, "0").lower() in ("1", "true", "on", "y", "yes")
 
 
 def call(
@@ -114,10 +119,6 @@ def call(
 def nothing() -> Array:
     """Stands for an array that a kernel's options tell it not to read."""
     return jnp.zeros((1,), jnp.float32)
-
-
-def _started_for_interpreter() -> bool:
-    return os.environ.get(INTERPRETER_VARIABLE, "0").lower() in ("1", "true", "on", "y", "yes")
 
 
 def _interpreted(

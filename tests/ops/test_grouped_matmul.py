@@ -1,5 +1,6 @@
 """Grouped matmul against its float64 oracle, and the isolation of rows to the bit."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,17 +11,8 @@ from mlt_kernels import dispatch, testing
 from mlt_kernels.grouped_matmul import grouped_matmul
 from mlt_kernels.grouped_matmul.cases import TESTS, Case, arguments
 
-
-def evaluate(implementation: str, given: dict[str, Any]) -> Any:
-    def fn(**arrays: Any) -> Any:
-        return grouped_matmul(**arrays, implementation=implementation)
-
-    return jax.jit(lambda arrays: testing.value_and_grads(fn, arrays))(given)
-
-
-def oracle(given: dict[str, Any]) -> Any:
-    with jax.enable_x64(True):
-        return jax.tree.map(np.asarray, evaluate("reference", testing.cast_floating(given, jnp.float64)))
+evaluate = functools.partial(testing.evaluate, grouped_matmul)
+oracle = functools.partial(testing.oracle, grouped_matmul)
 
 
 @pytest.mark.parametrize("name", TESTS)
@@ -49,26 +41,8 @@ def test_reference_against_a_loop_over_rows():
 )
 def test_a_row_depends_on_no_other(dtype: Any, M: int, E: int, K: int, N: int):
     """The same row and cotangent, among other rows, other group sizes and at other places: the same bits."""
-    rng = np.random.default_rng(0)
-    rhs = jnp.asarray(rng.standard_normal((E, K, N)), dtype)
-    row, d_row = rng.standard_normal(K), rng.standard_normal(N)
-
-    @jax.jit
-    def run(lhs: Any, d_out: Any, group_sizes: Any) -> Any:
-        out, pullback = jax.vjp(lambda lhs: grouped_matmul(lhs, rhs, group_sizes), lhs)
-        return out, pullback(d_out)[0]
-
-    seen = []
-    for trial in range(10):
-        sizes = rng.multinomial(int(rng.integers(1, M + 1)), rng.dirichlet(np.full(E, 0.5)))
-        sizes[1] = max(1, sizes[1] - max(0, sizes.sum() - M + 1))
-        at = sizes[0] + (0 if trial == 0 else sizes[1] - 1 if trial == 1 else int(rng.integers(sizes[1])))
-        lhs, d_out = rng.standard_normal((M, K)) * 10.0**trial, rng.standard_normal((M, N))
-        lhs[at], d_out[at] = row, d_row
-        result = run(jnp.asarray(lhs, dtype), jnp.asarray(d_out, dtype), jnp.asarray(sizes, jnp.int32))
-        seen.append([np.asarray(x[at], np.float32) for x in result])
-    for other in seen[1:]:
-        testing.assert_same_bits(other, seen[0])
+    rhs = jnp.asarray(np.random.default_rng(1).standard_normal((E, K, N)), dtype)
+    testing.check_grouped_rows(lambda x, sizes: grouped_matmul(x, rhs, sizes), rows=M, groups=E, dims=(K, N), dtype=dtype)
 
 
 def test_rows_of_no_group_may_hold_anything():

@@ -1,5 +1,6 @@
 """Grouped SwiGLUs against their float64 oracle, the isolation of rows to the bit, and what is never made."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,17 +11,8 @@ from mlt_kernels import dispatch, grouped_matmul, testing
 from mlt_kernels.grouped_swiglu import grouped_swiglu
 from mlt_kernels.grouped_swiglu.cases import TESTS, Case, arguments
 
-
-def evaluate(implementation: str, given: dict[str, Any]) -> Any:
-    def fn(**arrays: Any) -> Any:
-        return grouped_swiglu(**arrays, implementation=implementation)
-
-    return jax.jit(lambda arrays: testing.value_and_grads(fn, arrays))(given)
-
-
-def oracle(given: dict[str, Any]) -> Any:
-    with jax.enable_x64(True):
-        return jax.tree.map(np.asarray, evaluate("reference", testing.cast_floating(given, jnp.float64)))
+evaluate = functools.partial(testing.evaluate, grouped_swiglu)
+oracle = functools.partial(testing.oracle, grouped_swiglu)
 
 
 @pytest.mark.parametrize("name", TESTS)
@@ -45,27 +37,9 @@ def test_is_what_three_products_are():
 @pytest.mark.parametrize(("M", "E", "D", "F"), [(150, 3, 63, 100), (40, 8, 5, 1), (700, 2, 64, 96)])
 def test_a_row_depends_on_no_other(dtype: Any, M: int, E: int, D: int, F: int):
     """The same row and cotangent, among other rows, other group sizes and at other places, in long blocks and short ones."""
-    rng = np.random.default_rng(0)
     case = arguments(Case(M=M, E=E, D=D, F=F), dtype=dtype)
     weights = [case[name] for name in ("gate", "up", "down")]
-    row, d_row = rng.standard_normal(D), rng.standard_normal(D)
-
-    @jax.jit
-    def run(x: Any, d_out: Any, group_sizes: Any) -> Any:
-        out, pullback = jax.vjp(lambda x: grouped_swiglu(x, *weights, group_sizes), x)
-        return out, pullback(d_out)[0]
-
-    seen = []
-    for trial in range(10):
-        sizes = rng.multinomial(int(rng.integers(1, M + 1)), rng.dirichlet(np.full(E, 0.5)))
-        sizes[1] = max(1, sizes[1] - max(0, sizes.sum() - M + 1))
-        at = sizes[0] + (0 if trial == 0 else sizes[1] - 1 if trial == 1 else int(rng.integers(sizes[1])))
-        x, d_out = rng.standard_normal((M, D)) * 10.0**trial, rng.standard_normal((M, D))
-        x[at], d_out[at] = row, d_row
-        result = run(jnp.asarray(x, dtype), jnp.asarray(d_out, dtype), jnp.asarray(sizes, jnp.int32))
-        seen.append([np.asarray(y[at], np.float32) for y in result])
-    for other in seen[1:]:
-        testing.assert_same_bits(other, seen[0])
+    testing.check_grouped_rows(lambda x, sizes: grouped_swiglu(x, *weights, sizes), rows=M, groups=E, dims=(D, D), dtype=dtype)
 
 
 def test_rows_of_no_group_may_hold_anything():

@@ -10,7 +10,15 @@ import mlt_kernels
 import numpy as np
 import pytest
 from mlt_kernels import diagonal_recurrence, dispatch, pallas, selective_scan
-from mlt_kernels.testing import assert_close, cast_floating, check_isolation, cotangents, largest_array_in, value_and_grads
+from mlt_kernels.testing import (
+    array_shapes_in,
+    assert_close,
+    cast_floating,
+    check_isolation,
+    cotangents,
+    largest_array_in,
+    value_and_grads,
+)
 
 DIAGONAL = importlib.import_module("mlt_kernels.diagonal_recurrence.cases")
 SCAN = importlib.import_module("mlt_kernels.selective_scan.cases")
@@ -141,6 +149,20 @@ def test_lowering_at_standard_shapes(op, kernel):
         largest = largest_array_in(fn, shapes)
     assert text.count(call) >= 2
     assert largest <= int(np.prod(shapes[first].shape)), "an array holds more than one number for each token and channel"
+
+
+@pytest.mark.usefixtures("default_sizes")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_states_in_front_of_chunks_are_kept_for_gradients_alone(kernel):
+    _, kind, platform, _ = DEVICES[kernel]
+    scan = functools.partial(mlt_kernels.selective_scan, implementation=kernel)
+
+    def kept(fn):
+        with pallas.target_device(kind, platform=platform, cores=1 if platform == "tpu" else 132):
+            return {s for s in array_shapes_in(fn, shapes_of("selective_scan")) if len(s) == 4 and s[2:] == (16, 4096)}
+
+    assert not kept(lambda args: scan(**args))
+    assert kept(lambda args: value_and_grads(scan, args, cotangent=args["x"]))
 
 
 @pytest.mark.usefixtures("default_sizes")

@@ -1,8 +1,8 @@
 """Products with rows of a table against their float64 oracle, missing rows, and the rows that must never exist at once."""
 
+import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,17 +10,8 @@ from mlt_kernels import testing
 from mlt_kernels.row_dot import row_dot
 from mlt_kernels.row_dot.cases import TESTS, Case, arguments
 
-
-def evaluate(implementation: str, given: dict[str, Any]) -> Any:
-    def fn(**arrays: Any) -> Any:
-        return row_dot(**arrays, implementation=implementation)
-
-    return jax.jit(lambda arrays: testing.value_and_grads(fn, arrays))(given)
-
-
-def oracle(given: dict[str, Any]) -> Any:
-    with jax.enable_x64(True):
-        return jax.tree.map(np.asarray, evaluate("reference", testing.cast_floating(given, jnp.float64)))
+evaluate = functools.partial(testing.evaluate, row_dot)
+oracle = functools.partial(testing.oracle, row_dot)
 
 
 @pytest.mark.parametrize("name", TESTS)

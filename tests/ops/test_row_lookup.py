@@ -1,5 +1,6 @@
 """Row lookup against its float64 oracle, missing rows, and the rows that must never exist all at once."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,17 +11,8 @@ from mlt_kernels import dispatch, testing
 from mlt_kernels.row_lookup import row_lookup
 from mlt_kernels.row_lookup.cases import TESTS, Case, arguments
 
-
-def evaluate(implementation: str, given: dict[str, Any]) -> Any:
-    def fn(**arrays: Any) -> Any:
-        return row_lookup(**arrays, implementation=implementation)
-
-    return jax.jit(lambda arrays: testing.value_and_grads(fn, arrays))(given)
-
-
-def oracle(given: dict[str, Any]) -> Any:
-    with jax.enable_x64(True):
-        return jax.tree.map(np.asarray, evaluate("reference", testing.cast_floating(given, jnp.float64)))
+evaluate = functools.partial(testing.evaluate, row_lookup)
+oracle = functools.partial(testing.oracle, row_lookup)
 
 
 @pytest.mark.parametrize("name", TESTS)

@@ -54,17 +54,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("jax.extend.backend.get_default_device", H200)
 
 
-def evaluate(implementation: str, given: dict[str, Any]) -> Any:
-    arrays = {name: x for name, x in given.items() if not isinstance(x, (bool, int, float))}
-    options = {name: x for name, x in given.items() if name not in arrays}
-    fn = functools.partial(attention, implementation=implementation, **options)
-    return jax.jit(lambda arrays: testing.value_and_grads(fn, arrays))(arrays)
-
-
-def oracle(given: dict[str, Any]) -> Any:
-    with jax.enable_x64(True):
-        wide = {k: testing.cast_floating(x, jnp.float64) if hasattr(x, "dtype") else x for k, x in given.items()}
-        return jax.tree.map(np.asarray, evaluate("reference", wide))
+evaluate = functools.partial(testing.evaluate, attention)
+oracle = functools.partial(testing.oracle, attention)
 
 
 @installed

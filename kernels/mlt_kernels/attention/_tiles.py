@@ -13,7 +13,9 @@ from jax import Array
 from mlt_kernels import dispatch
 
 NONE = np.iinfo(np.int32).max
+"""No segment id: the least of a block that has none, its negative the greatest."""
 MOST_SCORES = 2**24
+"""Scores of one pair of blocks off the CPU: 64 MiB of float32."""
 
 
 class Marks(NamedTuple):
@@ -40,10 +42,12 @@ class Tiling:
 
     @property
     def I(self) -> int:  # noqa: E743
+        """Query blocks."""
         return -(-self.queries // self.C)
 
     @property
     def J(self) -> int:
+        """Key blocks."""
         return -(-self.keys // self.L)
 
     def visible(self, marks: Marks, i: Array, j: Array) -> Array | None:

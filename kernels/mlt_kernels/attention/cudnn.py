@@ -20,6 +20,7 @@ from jax import Array
 
 from mlt_kernels import dispatch
 from mlt_kernels.attention import Pair
+from mlt_kernels.refusals import first_line, refusal
 
 IMPLEMENTATION = "cudnn"
 MOST_PAIRS = 2**26
@@ -128,14 +129,9 @@ def _refused_by_jax(
     q: Array, k: Array, v: Array, causal: bool, window: int | None, segment_ids: Any, scale: float, bias: Any
 ) -> str | None:
     """What JAX itself says of the call and its gradient: cuDNN's version, head dims, the GPU's age."""
-    like: Any = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (q, k, v, bias, segment_ids))
 
-    def both(q: Array, k: Array, v: Array, bias: Any, segments: Any) -> Any:
-        out, pull = jax.vjp(lambda *x: _attention(*x, segments, causal, window, scale), q, k, v, bias)
-        return pull(out)
+    def fn(q: Array, k: Array, v: Array, bias: Any, segments: Any) -> Array:
+        return _attention(q, k, v, bias, segments, causal, window, scale)
 
-    try:
-        jax.eval_shape(both, *like)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        return f"JAX refuses it: {(str(error) or type(error).__name__).splitlines()[0]}"
-    return None
+    error = refusal(fn, (q, k, v, bias), segment_ids, errors=(RuntimeError, ValueError, NotImplementedError))
+    return None if error is None else f"JAX refuses it: {first_line(error)}"

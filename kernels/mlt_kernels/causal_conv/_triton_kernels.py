@@ -10,7 +10,8 @@ import triton.language as tl
 
 @triton.jit
 def _inputs(x, halo, place, source, d, own, D: tl.constexpr, HAS_HALO: tl.constexpr):
-    """Inputs at the tokens `source`, zero where not `own`; x and halo point to the tile, `place` counts from there."""
+    """(TOKENS, CHANNELS) float32 inputs at the tokens `source`, zero where not `own`; x and halo point to the tile, `place`
+    counts from there."""
     real = own & (d < D)[None, :]
     at = place[:, None] * D + d[None, :]
     value = tl.load(x + at, mask=real & (source >= 0)[:, None], other=0.0).to(tl.float32)
@@ -30,23 +31,11 @@ def _starts(first, b, t, T, CONTEXT: tl.constexpr, HAS_SEGMENTS: tl.constexpr, H
 
 @triton.jit
 def _argument(
-    x,
-    kernel,
-    bias,
-    halo,
-    i,
-    t,
-    d,
-    start,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    DILATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_HALO: tl.constexpr,
-    TOKENS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    """The activation's argument."""
+    x, kernel, bias, halo, i, t, d, start,
+    D: tl.constexpr, W: tl.constexpr, DILATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_HALO: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """(TOKENS, CHANNELS): the activation's argument."""
     out = tl.zeros((TOKENS, CHANNELS), tl.float32)
     if HAS_BIAS:
         out += tl.load(bias + d, mask=d < D, other=0.0)[None, :]
@@ -60,23 +49,13 @@ def _argument(
 
 @triton.jit
 def forward(
-    x,
-    kernel,
-    bias,
-    first,
-    halo,
+    x, kernel, bias, first, halo,
     T,
     y,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    DILATION: tl.constexpr,
-    SILU: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr,
-    HAS_HALO: tl.constexpr,
-    TOKENS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
+    D: tl.constexpr, W: tl.constexpr, DILATION: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_HALO: tl.constexpr,
+):  # fmt: skip
+    """y (B, T, D). Programs are (tile of tokens, block of channels, row)."""
     b = tl.program_id(2).to(tl.int64)
     i = tl.arange(0, TOKENS)
     t0 = tl.program_id(0) * TOKENS
@@ -95,29 +74,13 @@ def forward(
 
 @triton.jit
 def backward(
-    x,
-    dy,
-    kernel,
-    bias,
-    first,
-    halo,
+    x, dy, kernel, bias, first, halo,
     T,
-    dx,
-    dhalo,
-    dkernel,
-    dbias,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    DILATION: tl.constexpr,
-    SILU: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr,
-    HAS_HALO: tl.constexpr,
-    TOKENS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
-    TILES: tl.constexpr,
-):
+    dx, dhalo, dkernel, dbias,
+    D: tl.constexpr, W: tl.constexpr, DILATION: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr, TILES: tl.constexpr,
+    SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_HALO: tl.constexpr,
+):  # fmt: skip
     """dx of TILES times TOKENS - CONTEXT inputs, halo included, and their part of dkernel (B, P, W, D) and dbias (B, P, D).
 
     The last CONTEXT tokens of a tile are there for what they give to the inputs in front of them; the next tile counts them.

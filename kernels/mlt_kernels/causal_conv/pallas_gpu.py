@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from mlt_kernels import pallas
+from mlt_kernels import pallas, tuned
 from mlt_kernels.causal_conv import chunked
 from mlt_kernels.causal_conv._halo import extend, following
 from mlt_kernels.diagonal_recurrence._march import march, pad, padded
@@ -28,6 +28,7 @@ PIECE = 256
 CHANNELS = {2: 64, 4: 32}
 """Channels of a program by the bytes of a number: 128 bytes of a token are one load of a warp."""
 WIDTHS = (2, 8)
+"""Fewest and most taps: the window of inputs lives in registers."""
 
 
 class Options(NamedTuple):
@@ -65,8 +66,10 @@ def run(
     return_halo: bool,
 ) -> Any:
     (_, T, D), context = x.shape, kernel.shape[0] - 1
-    width = min(CHANNELS[x.dtype.itemsize], pl.next_power_of_2(D))
-    piece = min(PIECE, padded(T, GROUP))
+    rule = {"tokens": PIECE, "channels": CHANNELS[x.dtype.itemsize]}
+    shape = {"item_bytes": x.dtype.itemsize, "taps": kernel.shape[0]}
+    most, widest = tuned.sizes("causal_conv", "pallas_gpu", "walk", shape, rule).values()
+    width, piece = min(widest, pl.next_power_of_2(D)), min(most, padded(T, GROUP))
     tokens, channels = padded(T, piece), padded(D, width)
     options = Options(activation, piece, width, pallas.interpreting())
     kernel_WD = pad(kernel.astype(jnp.float32), {1: channels})

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mlt_kernels import triton_calls
+from mlt_kernels import triton_calls, tuned
 from mlt_kernels.causal_conv._halo import extend, following
+from mlt_kernels.grids import unsupported_shape
 
 KERNELS = "causal_conv._triton_kernels"
 TOKENS, CHANNELS, WARPS = 64, 64, 4
@@ -24,6 +25,7 @@ TOKENS, CHANNELS, WARPS = 64, 64, 4
 TILES = 4
 """Tiles of one backward program: fewer partial sums of the kernel's cotangent."""
 MOST_TAPS, MOST_CONTEXT = 16, 64
+"""Taps are unrolled; and a backward tile must be longer than the context that it repeats."""
 
 
 class Options(NamedTuple):
@@ -45,7 +47,7 @@ def unsupported(*, x: Array, kernel: Array, bias: Array | None, dilation: int, *
         return f"{W} taps with dilation={dilation}; its kernels look up to {MOST_CONTEXT} tokens back"
     if any(v is not None and v.dtype.itemsize not in (2, 4) for v in (x, kernel, bias)):
         return f"{x.dtype.name} inputs with a {kernel.dtype.name} kernel; its kernels compute in float32"
-    return f"x has shape {x.shape}: nothing to compute" if 0 in x.shape else None
+    return unsupported_shape("x", x.shape)
 
 
 def run(
@@ -89,14 +91,16 @@ def _conv(
 
 def _forward(x: Array, kernel: Array, bias: Array | None, halo: Array | None, first: Array | None, options: Options) -> Any:
     (B, T, D), saved = x.shape, (x, kernel, bias, halo, first)
+    rule = {"tokens": TOKENS, "channels": CHANNELS, "warps": WARPS}
+    tokens, channels, warps = tuned.sizes("causal_conv", "triton_gpu", "forward", _shape(x, kernel, options), rule).values()
     (y,) = triton_calls.call(
         f"{KERNELS}:forward",
         [x, *_arrays(*saved[1:]), T],
         [jax.ShapeDtypeStruct(x.shape, x.dtype)],
-        grid=(_blocks(T, TOKENS), _blocks(D, CHANNELS), B),
-        warps=WARPS,
-        TOKENS=TOKENS,
-        CHANNELS=CHANNELS,
+        grid=(_blocks(T, tokens), _blocks(D, channels), B),
+        warps=warps,
+        TOKENS=tokens,
+        CHANNELS=channels,
         **_static(*saved, options),
     )
     return y, saved
@@ -107,6 +111,8 @@ def _backward(options: Options, saved: Any, dy: Array) -> tuple[Any, ...]:
     (B, T, D), W = x.shape, kernel.shape[0]
     context = (W - 1) * options.dilation
     tokens, channels = (TOKENS, CHANNELS // 2) if context <= TOKENS // 4 else (4 * TOKENS, CHANNELS // 8)
+    rule = {"channels": channels, "warps": WARPS}
+    channels, warps = tuned.sizes("causal_conv", "triton_gpu", "backward", _shape(x, kernel, options), rule).values()
     pieces = _blocks(T + (0 if halo is None else context), TILES * (tokens - context))
     with triton_calls.interpret(options.interpret):
         dx, dhalo, dkernel, dbias = triton_calls.call(
@@ -119,7 +125,7 @@ def _backward(options: Options, saved: Any, dy: Array) -> tuple[Any, ...]:
                 jax.ShapeDtypeStruct((B, pieces, D), jnp.float32),
             ],
             grid=(pieces, _blocks(D, channels), B),
-            warps=WARPS,
+            warps=warps,
             TOKENS=tokens,
             CHANNELS=channels,
             TAPS=1 << (W - 1).bit_length(),
@@ -150,6 +156,11 @@ def _static(
         "HAS_SEGMENTS": first is not None,
         "HAS_HALO": halo is not None,
     }
+
+
+def _shape(x: Array, kernel: Array, options: Options) -> tuned.Shape:
+    taps = kernel.shape[0]
+    return {"context": (taps - 1) * options.dilation, "item_bytes": x.dtype.itemsize, "taps": taps}
 
 
 def _blocks(size: int, block: int) -> int:

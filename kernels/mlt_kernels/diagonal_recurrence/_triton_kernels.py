@@ -8,17 +8,21 @@ REVERSE. In the BACKWARD walk, which goes the other way, a step's factor is the 
 import triton
 import triton.language as tl
 
-START: tl.constexpr = tl.constexpr(1)
-PADDING: tl.constexpr = tl.constexpr(2)
+from mlt_kernels.diagonal_recurrence import _march
+
+START: tl.constexpr = tl.constexpr(_march.START)
+PADDING: tl.constexpr = tl.constexpr(_march.PADDING)
 
 
 @triton.jit
 def _compose(a1, b1, a2, b2):
+    """h -> a1 h + b1, then h -> a2 h + b2, as one such map."""
     return a2 * a1, a2 * b1 + b2
 
 
 @triton.jit
 def _compose_complex(a1, a1_im, b1, b1_im, a2, a2_im, b2, b2_im):
+    """The same of complex numbers."""
     return (
         a2 * a1 - a2_im * a1_im,
         a2 * a1_im + a2_im * a1,
@@ -29,7 +33,7 @@ def _compose_complex(a1, a1_im, b1, b1_im, a2, a2_im, b2, b2_im):
 
 @triton.jit
 def _kinds(mark, b, i, T, REVERSE: tl.constexpr, HAS_MARKS: tl.constexpr):
-    """Marks of steps; steps that are not there leave the state as it is."""
+    """Marks of the steps i; steps that are not there leave the state as it is."""
     there = (i >= 0) & (i < T)
     if HAS_MARKS:
         return tl.load(mark + b * T + (T - 1 - i if REVERSE else i), mask=there, other=PADDING)
@@ -38,7 +42,7 @@ def _kinds(mark, b, i, T, REVERSE: tl.constexpr, HAS_MARKS: tl.constexpr):
 
 @triton.jit
 def _rows(x, b, i0, place, e, T, E: tl.constexpr, REVERSE: tl.constexpr):
-    """float32 rows at the steps i0 + place, zero where there are none."""
+    """(len(place), len(e)) float32 of x (B, T, E) at the steps i0 + place, zero where there are none."""
     first = (b * T + (T - 1 - i0 if REVERSE else i0)) * E
     there = (i0 + place >= 0) & (i0 + place < T)
     at = (-place if REVERSE else place)[:, None] * E + e[None, :]
@@ -47,6 +51,7 @@ def _rows(x, b, i0, place, e, T, E: tl.constexpr, REVERSE: tl.constexpr):
 
 @triton.jit
 def _store_rows(x, value, b, i0, place, e, T, E: tl.constexpr, REVERSE: tl.constexpr):
+    """Writes value (len(place), len(e)) to x (B, T, E) at the steps i0 + place that there are."""
     first = (b * T + (T - 1 - i0 if REVERSE else i0)) * E
     at = (-place if REVERSE else place)[:, None] * E + e[None, :]
     tl.store(x + first + at, value.to(x.dtype.element_ty), mask=(i0 + place < T)[:, None] & (e < E)[None, :])
@@ -54,22 +59,9 @@ def _store_rows(x, value, b, i0, place, e, T, E: tl.constexpr, REVERSE: tl.const
 
 @triton.jit
 def _scan(
-    a,
-    a_im,
-    b,
-    b_im,
-    mark,
-    row,
-    i0,
-    place,
-    e,
-    T,
-    E: tl.constexpr,
-    REVERSE: tl.constexpr,
-    COMPLEX: tl.constexpr,
-    HAS_MARKS: tl.constexpr,
-    BACKWARD: tl.constexpr,
-):
+    a, a_im, b, b_im, mark, row, i0, place, e, T,
+    E: tl.constexpr, REVERSE: tl.constexpr, COMPLEX: tl.constexpr, HAS_MARKS: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
     """(factor, its imaginary part, sum, its imaginary part): h of a step is factor * (h entering the tile) + sum."""
     kind = _kinds(mark, row, i0 + place, T, REVERSE, HAS_MARKS)[:, None]
     factor = _rows(a, row, i0, place - 1 if BACKWARD else place, e, T, E, REVERSE)
@@ -93,32 +85,20 @@ def _scan(
 
 @triton.jit
 def _last(x, place, TOKENS: tl.constexpr):
+    """(len(e),): the last row of a tile. All other terms of the sum are zero, so it is exact."""
     return tl.sum(tl.where((place == TOKENS - 1)[:, None], x, 0.0), axis=0)
 
 
 @triton.jit
 def ends(
-    a,
-    a_im,
-    b,
-    b_im,
-    mark,
+    a, a_im, b, b_im, mark,
     T,
-    factors,
-    factors_im,
-    leaving,
-    leaving_im,
-    E: tl.constexpr,
-    REVERSE: tl.constexpr,
-    COMPLEX: tl.constexpr,
-    HAS_MARKS: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    PIECE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """What each piece does to what enters it: a factor, and what leaves if nothing enters."""
+    factors, factors_im, leaving, leaving_im,
+    E: tl.constexpr, PIECE: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
+    REVERSE: tl.constexpr, COMPLEX: tl.constexpr, HAS_MARKS: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """What each piece does to what enters it (B, P, E): a factor, and what leaves if nothing enters. Programs of all kernels are
+    (block of channels, piece, row)."""
     p, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     place = tl.arange(0, TOKENS)
     e = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -148,27 +128,13 @@ def ends(
 
 @triton.jit
 def forward(
-    a,
-    a_im,
-    b,
-    b_im,
-    mark,
-    entering,
-    entering_im,
+    a, a_im, b, b_im, mark, entering, entering_im,
     T,
-    h,
-    h_im,
-    leaving,
-    leaving_im,
-    E: tl.constexpr,
-    REVERSE: tl.constexpr,
-    COMPLEX: tl.constexpr,
-    HAS_MARKS: tl.constexpr,
-    PIECE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    h, h_im, leaving, leaving_im,
+    E: tl.constexpr, PIECE: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
+    REVERSE: tl.constexpr, COMPLEX: tl.constexpr, HAS_MARKS: tl.constexpr,
+):  # fmt: skip
+    """h (B, T, E), and the states that leave the pieces (B, P, E)."""
     p, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     place = tl.arange(0, TOKENS)
     e = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -194,34 +160,14 @@ def forward(
 
 @triton.jit
 def backward(
-    a,
-    a_im,
-    h,
-    h_im,
-    dh,
-    dh_im,
-    mark,
-    start,
-    start_im,
-    entering,
-    entering_im,
+    a, a_im, h, h_im, dh, dh_im, mark, start, start_im, entering, entering_im,
     T,
-    da,
-    da_im,
-    db,
-    db_im,
-    leaving,
-    leaving_im,
-    E: tl.constexpr,
-    REVERSE: tl.constexpr,
-    COMPLEX: tl.constexpr,
-    HAS_MARKS: tl.constexpr,
-    PIECE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """With g the cotangent of h after all its uses: db is g, da is g times the conjugate of the h in front."""
+    da, da_im, db, db_im, leaving, leaving_im,
+    E: tl.constexpr, PIECE: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
+    REVERSE: tl.constexpr, COMPLEX: tl.constexpr, HAS_MARKS: tl.constexpr,
+):  # fmt: skip
+    """With g the cotangent of h after all its uses: db is g, da is g times the conjugate of the h in front, both (B, T, E); and
+    the g that leave the pieces (B, P, E). start (B, E) is the state in front of the row."""
     p, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     place = tl.arange(0, TOKENS)
     e = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)

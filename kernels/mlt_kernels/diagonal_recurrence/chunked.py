@@ -16,6 +16,7 @@ from mlt_kernels import dispatch
 from mlt_kernels.diagonal_recurrence._resets import Resets, resets, with_resets
 
 CHUNK = 64
+"""Tokens of a chunk of the associative form."""
 
 
 def unsupported(**_: Any) -> str | None:

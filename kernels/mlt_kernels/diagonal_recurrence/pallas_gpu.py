@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from mlt_kernels import pallas
+from mlt_kernels import pallas, tuned
 from mlt_kernels.diagonal_recurrence._march import PADDING, START, march, marks, pad, padded
 
 GROUP = 16
@@ -28,6 +28,7 @@ CHANNELS = {2: 64, 4: 32}
 ENOUGH_PROGRAMS = 264
 """Two for each multiprocessor of an H100 or H200; with fewer, rows are cut."""
 SHORTEST_PIECE = 512
+"""Tokens of a piece at least: rows that are cut are read once more, and the fold over pieces is serial."""
 
 Planes = tuple[Array, ...]
 """One real array, or the real and the imaginary part."""
@@ -57,7 +58,8 @@ def run(
     shape, (B, T), E = a.shape, a.shape[:2], math.prod(a.shape[2:])
     is_complex = jnp.issubdtype(state_dtype, jnp.complexfloating)
     kind = jnp.dtype(jnp.float32) if is_complex else jnp.result_type(a, b)
-    width = min(CHANNELS[kind.itemsize], pl.next_power_of_2(E))
+    rule, size = {"channels": CHANNELS[kind.itemsize]}, {"item_bytes": kind.itemsize}
+    width = min(tuned.sizes("diagonal_recurrence", "pallas_gpu", "walk", size, rule)["channels"], pl.next_power_of_2(E))
     tokens, channels = padded(T, GROUP), padded(E, width)
     options = Options(reverse, width, _pieces(B * channels // width, tokens), pallas.interpreting())
 

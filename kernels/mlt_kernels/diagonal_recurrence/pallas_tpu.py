@@ -21,7 +21,9 @@ from mlt_kernels.diagonal_recurrence._march import PADDING, START, marks, pad, p
 TOKENS = 128
 """Tokens of a block: one tile of marks."""
 CHANNELS = 512
+"""The most channels of a block."""
 UNROLL = 8
+"""Tokens of one turn of the loop."""
 EDGE = 8
 """Rows of the neighbouring block that come along: one tile, for the state at the border."""
 

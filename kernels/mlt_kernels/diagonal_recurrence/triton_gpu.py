@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mlt_kernels import triton_calls
+from mlt_kernels import triton_calls, tuned
 from mlt_kernels.diagonal_recurrence._march import ORDINARY, PADDING, START, marks, padded
+from mlt_kernels.grids import unsupported_shape
 
 KERNELS = "diagonal_recurrence._triton_kernels"
 TOKENS, CHANNELS, WARPS, STAGES = 32, 64, 4, 2
@@ -26,15 +27,26 @@ TOKENS, CHANNELS, WARPS, STAGES = 32, 64, 4, 2
 ENOUGH_PROGRAMS = 264
 """Two for each multiprocessor of an H100 or H200; with fewer, rows are cut."""
 SHORTEST_PIECE = 512
+"""Tokens of a piece at least: rows that are cut are read once more, and the fold over pieces is serial."""
 
 Planes = tuple[Array, Array | None]
 """The real and the imaginary part, None for real numbers."""
+
+
+class Tile(NamedTuple):
+    """Sizes of the tiles of a walk, with warps and pipeline stages."""
+
+    tokens: int
+    channels: int
+    warps: int
+    stages: int
 
 
 class Options(NamedTuple):
     """What is static in a call; pieces of `piece` tokens run side by side."""
 
     reverse: bool
+    tile: Tile
     piece: int
     interpret: bool
 
@@ -45,7 +57,7 @@ def unsupported(*, a: Array, state_dtype: Any, **_: Any) -> str | None:
         return reason
     if jnp.dtype(state_dtype) not in (jnp.float32, jnp.complex64):
         return f"states of {jnp.dtype(state_dtype).name}; its kernels compute in float32"
-    return f"a has shape {a.shape}: nothing to compute" if 0 in a.shape else None
+    return unsupported_shape("a", a.shape)
 
 
 def run(
@@ -63,16 +75,23 @@ def run(
 
     start = jnp.zeros((B, E), state_dtype) if initial_state is None else initial_state.astype(state_dtype)
     mark_BT = None if segment_ids is None else marks(segment_ids, (B, T), T, reverse)
-    options = Options(reverse, _piece(B * -(-E // CHANNELS), T), triton_calls.interpreting())
+    tile = _tile(is_complex, kind)
+    options = Options(reverse, tile, _piece(B * -(-E // tile.channels), T, tile.tokens), triton_calls.interpreting())
     found: Any = _recur(rows(a), rows(b), planes(start, B, E), mark_BT, options)
     h, final = (jax.lax.complex(*parts) if is_complex else parts[0] for parts in found)
     return h.reshape(a.shape), final.reshape(B, *a.shape[2:])
 
 
-def _piece(programs: int, tokens: int) -> int:
+def _tile(is_complex: bool, kind: Any) -> Tile:
+    rule = {"tokens": TOKENS, "channels": CHANNELS, "warps": WARPS, "stages": STAGES}
+    shape = {"complex": bool(is_complex), "item_bytes": jnp.dtype(kind).itemsize}
+    return Tile(**tuned.sizes("diagonal_recurrence", "triton_gpu", "walk", shape, rule))
+
+
+def _piece(programs: int, tokens: int, tile: int) -> int:
     """Tokens of a piece, whole tiles: short enough to fill the card with this many programs a piece, but not too short."""
     pieces = max(1, min(-(-ENOUGH_PROGRAMS // programs), tokens // SHORTEST_PIECE))
-    return padded(-(-tokens // pieces), TOKENS)
+    return padded(-(-tokens // pieces), tile)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -166,16 +185,16 @@ def _call(
         f"{KERNELS}:{kernel}",
         [*(nothing if x is None else x for x in inputs), T],
         outputs,
-        grid=(-(-E // CHANNELS), pieces, B),
-        warps=WARPS,
+        grid=(-(-E // options.tile.channels), pieces, B),
+        warps=options.tile.warps,
         E=E,
         REVERSE=options.reverse,
         COMPLEX=is_complex,
         HAS_MARKS=mark_BT is not None,
         PIECE=options.piece,
-        TOKENS=TOKENS,
-        CHANNELS=CHANNELS,
-        STAGES=STAGES,
+        TOKENS=options.tile.tokens,
+        CHANNELS=options.tile.channels,
+        STAGES=options.tile.stages,
         **more,
     )
     return [None if out is unused else x for out, x in zip(outputs, results, strict=True)]

@@ -34,15 +34,20 @@ BENCHES: dict[str, Case] = {
 }
 
 
+def group_sizes(rng: np.random.Generator, case: Any) -> jnp.ndarray:
+    """(E,) int32: those of the case, or drawn unevenly to its sum."""
+    if case.group_sizes is not None:
+        return jnp.asarray(case.group_sizes, jnp.int32)
+    rows = case.M if case.rows is None else case.rows
+    return jnp.asarray(rng.multinomial(rows, rng.dirichlet(np.full(case.E, 5.0))), jnp.int32)
+
+
 def arguments(case: Case, *, seed: int = 0, dtype: Any = jnp.float32) -> dict[str, Any]:
     """Arguments for `grouped_matmul`."""
     rng = np.random.default_rng(seed)
-    sizes = case.group_sizes
-    if sizes is None:
-        rows = case.M if case.rows is None else case.rows
-        sizes = rng.multinomial(rows, rng.dirichlet(np.full(case.E, 5.0)))
+    sizes = group_sizes(rng, case)
     return {
         "lhs": jnp.asarray(rng.standard_normal((case.M, case.K)), dtype),
         "rhs": jnp.asarray(rng.standard_normal((case.E, case.K, case.N)), dtype),
-        "group_sizes": jnp.asarray(sizes, jnp.int32),
+        "group_sizes": sizes,
     }

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-MOST_ROWS = 64
-LEAST_ROWS = 8
+MOST_ROWS, LEAST_ROWS = 64, 8
+"""Rows of a block."""
 LONG = 256
+"""Rows of a block whose product with another is summed over rows."""
 
 
 def unsupported(**_: object) -> str | None:

@@ -6,6 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mlt_kernels.grouped_matmul.cases import group_sizes
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -37,11 +39,8 @@ BENCHES: dict[str, Case] = {  # the experts' standard shapes are rows of `mlt.be
 def arguments(case: Case, *, seed: int = 0, dtype: Any = jnp.float32) -> dict[str, Any]:
     """Arguments for `grouped_swiglu`."""
     rng = np.random.default_rng(seed)
-    sizes = case.group_sizes
-    if sizes is None:
-        rows = case.M if case.rows is None else case.rows
-        sizes = rng.multinomial(rows, rng.dirichlet(np.full(case.E, 5.0)))
+    sizes = group_sizes(rng, case)
     E, D, F = case.E, case.D, case.F
     shapes = {"x": (case.M, D), "gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
     made = {name: jnp.asarray(rng.standard_normal(s) * (1 if name == "x" else s[1] ** -0.5), dtype) for name, s in shapes.items()}
-    return {**made, "group_sizes": jnp.asarray(sizes, jnp.int32)}
+    return {**made, "group_sizes": sizes}

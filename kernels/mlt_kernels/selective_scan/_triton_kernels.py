@@ -7,12 +7,15 @@ Rows (B, T, D); written and read numbers (B, T, N); A (D, N); states (B, D, N); 
 import triton
 import triton.language as tl
 
-START: tl.constexpr = tl.constexpr(1)
-PADDING: tl.constexpr = tl.constexpr(2)
+from mlt_kernels.diagonal_recurrence import _march
+
+START: tl.constexpr = tl.constexpr(_march.START)
+PADDING: tl.constexpr = tl.constexpr(_march.PADDING)
 
 
 @triton.jit
 def _kind(mark, row, t, T, HAS_MARKS: tl.constexpr):
+    """The mark of a token; a token that is not there is padding."""
     if HAS_MARKS:
         return tl.load(mark + row * T + t, mask=t < T, other=PADDING)
     return tl.where(t < T, 0, PADDING)
@@ -20,18 +23,19 @@ def _kind(mark, row, t, T, HAS_MARKS: tl.constexpr):
 
 @triton.jit
 def _row(x, row, t, place, T, SIZE: tl.constexpr):
-    """float32 numbers of a token, zero where there are none."""
+    """(len(place),) float32 of x (rows, T, SIZE) at a token, zero where there are none."""
     return tl.load(x + (row * T + t) * SIZE + place, mask=(place < SIZE) & (t < T), other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _store_row(x, value, row, t, place, T, SIZE: tl.constexpr):
+    """Writes value (len(place),) to x (rows, T, SIZE) at a token that is there."""
     tl.store(x + (row * T + t) * SIZE + place, value.to(x.dtype.element_ty), mask=(place < SIZE) & (t < T))
 
 
 @triton.jit
 def _token(x, step, B, mark, row, t, d, n, T, D: tl.constexpr, N: tl.constexpr, HAS_MARKS: tl.constexpr):
-    """(kind, x, step, B); padding is a step of zero."""
+    """(kind, x (W,), step (W,), B (STATES,)) of a token; padding is a step of zero."""
     kind = _kind(mark, row, t, T, HAS_MARKS)
     step_W = tl.where(kind == PADDING, 0.0, _row(step, row, t, d, T, D))
     return kind, _row(x, row, t, d, T, D), step_W, _row(B, row, t, n, T, N)
@@ -39,40 +43,28 @@ def _token(x, step, B, mark, row, t, d, n, T, D: tl.constexpr, N: tl.constexpr, 
 
 @triton.jit
 def _advance(kind, x_W, step_W, B_N, A_NW, h_NW):
-    """(decay, state behind the token); a document starts with a decay of zero."""
+    """(decay, state behind the token), (STATES, W) each; a document starts with a decay of zero."""
     decay_NW = tl.where(kind == START, 0.0, tl.exp(step_W[None, :] * A_NW))
     return decay_NW, decay_NW * h_NW + B_N[:, None] * (step_W * x_W)[None, :]
 
 
 @triton.jit
 def _again(x, step, B, mark, row, t, d, n, T, A_NW, h_NW, D: tl.constexpr, N: tl.constexpr, HAS_MARKS: tl.constexpr):
+    """`_advance` of a token that was not loaded before."""
     kind, x_W, step_W, B_N = _token(x, step, B, mark, row, t, d, n, T, D, N, HAS_MARKS)
     return _advance(kind, x_W, step_W, B_N, A_NW, h_NW)
 
 
 @triton.jit
 def forward(
-    x,
-    step,
-    B,
-    C,
-    A,
-    skip,
-    start,
-    mark,
+    x, step, B, C, A, skip, start, mark,
     T,
-    y,
-    final,
-    borders,
-    D: tl.constexpr,
-    N: tl.constexpr,
-    CHUNK: tl.constexpr,
-    W: tl.constexpr,
-    STATES: tl.constexpr,
-    HAS_MARKS: tl.constexpr,
-    KEEP: tl.constexpr,
-):
-    """KEEP: also the state in front of every chunk."""
+    y, final, borders,
+    D: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, W: tl.constexpr, STATES: tl.constexpr,
+    HAS_MARKS: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """y (B, T, D) and the final state (B, D, N); KEEP: also the state in front of every chunk. Programs are (block of channels,
+    row)."""
     row = tl.program_id(1).to(tl.int64)
     d, n = tl.program_id(0) * W + tl.arange(0, W), tl.arange(0, STATES)
     there_NW = (n < N)[:, None] & (d < D)[None, :]
@@ -105,34 +97,10 @@ def forward(
 
 @triton.jit
 def _back(
-    x,
-    step,
-    B,
-    C,
-    dy,
-    mark,
-    dx,
-    dstep,
-    dB,
-    dC,
-    row,
-    part,
-    t,
-    d,
-    n,
-    T,
-    A_NW,
-    skip_W,
-    decay_NW,
-    before_NW,
-    h_NW,
-    behind_NW,
-    dA_NW,
-    dskip_W,
-    D: tl.constexpr,
-    N: tl.constexpr,
-    HAS_MARKS: tl.constexpr,
-):
+    x, step, B, C, dy, mark, dx, dstep, dB, dC, row, part, t, d, n, T, A_NW, skip_W, decay_NW, before_NW, h_NW,
+    behind_NW, dA_NW, dskip_W,
+    D: tl.constexpr, N: tl.constexpr, HAS_MARKS: tl.constexpr,
+):  # fmt: skip
     """One token back: with g_t the cotangent of h_t after all its uses, g_t = C_t dy_t + decay_{t+1} g_{t+1}."""
     kind, x_W, step_W, B_N = _token(x, step, B, mark, row, t, d, n, T, D, N, HAS_MARKS)
     dy_W = tl.where(kind == PADDING, 0.0, _row(dy, row, t, d, T, D))
@@ -150,32 +118,12 @@ def _back(
 
 @triton.jit
 def backward(
-    x,
-    step,
-    B,
-    C,
-    A,
-    skip,
-    behind,
-    mark,
-    borders,
-    dy,
+    x, step, B, C, A, skip, behind, mark, borders, dy,
     T,
-    dx,
-    dstep,
-    dB,
-    dC,
-    dA,
-    dskip,
-    dstart,
-    scratch,
-    D: tl.constexpr,
-    N: tl.constexpr,
-    CHUNK: tl.constexpr,
-    W: tl.constexpr,
-    STATES: tl.constexpr,
+    dx, dstep, dB, dC, dA, dskip, dstart, scratch,
+    D: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, W: tl.constexpr, STATES: tl.constexpr,
     HAS_MARKS: tl.constexpr,
-):
+):  # fmt: skip
     """dB, dC (B, blocks, T, N): sums over a block's channels. dA, dskip: of a row. scratch (B, blocks, CHUNK / 2, STATES, W)."""
     row, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
     part = row * tl.num_programs(0) + block
@@ -192,6 +140,7 @@ def backward(
     for back in range(0, chunks):
         j = chunks - 1 - back
         h_NW = tl.load(borders + ((row * chunks + j) * N + n[:, None]) * D + d[None, :], mask=there_NW, other=0.0)
+        # Each thread reads of the scratch array only what it wrote: the layouts are the same. The barriers make it safe anyway.
         for i in range(0, CHUNK, 2):
             tl.store(mine + i // 2 * (STATES * W), h_NW)
             t = j * CHUNK + i

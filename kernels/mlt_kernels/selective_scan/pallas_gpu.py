@@ -19,7 +19,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from mlt_kernels import pallas
+from mlt_kernels import pallas, tuned
 from mlt_kernels.diagonal_recurrence._march import PADDING, START, march, marks, pad, padded
 
 CHUNK = 64
@@ -72,16 +72,18 @@ def run(
     (batch, T, D), states = x.shape, A.shape[1]
     N = pl.next_power_of_2(states)
     most = next(width for limit, width in CHANNELS.items() if limit >= N)
-    width = min(most, pl.next_power_of_2(D))
-    options = Options(width, min(width, BACKWARD_CHANNELS), pallas.interpreting())
-    tokens, channels = padded(T, CHUNK), padded(D, width)
+    rules = {"forward": most, "backward": min(most, BACKWARD_CHANNELS)}
+    found = (tuned.sizes("selective_scan", "pallas_gpu", name, {"states": N}, {"channels": n}) for name, n in rules.items())
+    forward, backward = (min(at["channels"], pl.next_power_of_2(D)) for at in found)
+    options = Options(forward, backward, pallas.interpreting())
+    tokens, channels = padded(T, CHUNK), padded(D, max(forward, backward))
     start = jnp.zeros((batch, D, states), state_dtype) if initial_state is None else initial_state
     inputs = tuple(pad(v, {1: tokens, 2: size}) for v, size in ((x, channels), (step, channels), (B, N), (C, N)))
     A_ND = pad(A.astype(state_dtype).T, {0: N, 1: channels})
     skip_D = pad(jnp.zeros((D,), state_dtype) if skip is None else skip.astype(state_dtype), {0: channels})
     start_BND = pad(jnp.swapaxes(start.astype(state_dtype), 1, 2), {1: N, 2: channels})
-    found: Any = _scan(inputs, A_ND, skip_D, start_BND, marks(segment_ids, (batch, T), tokens), options)
-    y, final_BND = found
+    result: Any = _scan(inputs, A_ND, skip_D, start_BND, marks(segment_ids, (batch, T), tokens), options)
+    y, final_BND = result
     return y[:, :T, :D], jnp.swapaxes(final_BND[:, :states, :D], 1, 2)
 
 

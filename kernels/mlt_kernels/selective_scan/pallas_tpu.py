@@ -21,10 +21,10 @@ from mlt_kernels.diagonal_recurrence._march import PADDING, START, marks, pad, p
 
 TOKENS = 128
 """Tokens of a block: one tile of B and C."""
-CHANNELS = 256
-MOST_STATES = 64
-"""The states of a block of the backward pass then take 8 MiB."""
+CHANNELS, MOST_STATES = 256, 64
+"""The most channels of a block and states of a channel: the states of a block of the backward pass then take 8 MiB."""
 UNROLL = 4
+"""Tokens of one turn of the loop."""
 
 
 class Options(NamedTuple):
@@ -81,30 +81,39 @@ def _scan(
     inputs: Inputs, A_ND: Array, skip_1D: Array, start_BND: Array, mark_B1T: Array, options: Options
 ) -> tuple[Array, Array]:
     """(y, final state) of whole blocks, float32."""
-    return _forward(inputs, A_ND, skip_1D, start_BND, mark_B1T, options)[0]
+    y, final = _forward_call(inputs, A_ND, skip_1D, start_BND, mark_B1T, options, keep_borders=False)
+    return y, final
 
 
 def _forward(
     inputs: Inputs, A_ND: Array, skip_1D: Array, start_BND: Array, mark_B1T: Array, options: Options
 ) -> tuple[tuple[Array, Array], Any]:
+    y, final, borders_BJND = _forward_call(inputs, A_ND, skip_1D, start_BND, mark_B1T, options, keep_borders=True)
+    return (y, final), (inputs, A_ND, skip_1D, mark_B1T, borders_BJND)
+
+
+def _forward_call(
+    inputs: Inputs, A_ND: Array, skip_1D: Array, start_BND: Array, mark_B1T: Array, options: Options, *, keep_borders: bool
+) -> Any:
     (batch, T, D), N, width = inputs[0].shape, A_ND.shape[0], options.width
     specs = _specs(T, N, width, from_last=False)
-    y, final, borders_BJND = pl.pallas_call(
+    shapes = {
+        "row": jax.ShapeDtypeStruct((batch, T, D), jnp.float32),
+        "state": jax.ShapeDtypeStruct((batch, N, D), jnp.float32),
+        "border": jax.ShapeDtypeStruct((batch, T // TOKENS, N, D), jnp.float32),
+    }
+    outputs = list(shapes) if keep_borders else list(shapes)[:2]
+    return pl.pallas_call(
         _forward_kernel,
         grid=(batch, D // width, T // TOKENS),
         in_specs=[specs[name] for name in ("row", "row", "column", "column", "A", "skip", "state", "mark")],
-        out_specs=[specs[name] for name in ("row", "state", "border")],
-        out_shape=[
-            jax.ShapeDtypeStruct((batch, T, D), jnp.float32),
-            jax.ShapeDtypeStruct((batch, N, D), jnp.float32),
-            jax.ShapeDtypeStruct((batch, T // TOKENS, N, D), jnp.float32),
-        ],
+        out_specs=[specs[name] for name in outputs],
+        out_shape=[shapes[name] for name in outputs],
         scratch_shapes=[tpu.VMEM((N, width), jnp.float32)],
         interpret=options.interpret,
         compiler_params=pallas.tpu_params(dimension_semantics=("parallel", "parallel", "arbitrary")),
         name="selective_scan_forward",
     )(*inputs, A_ND, skip_1D, start_BND, mark_B1T)
-    return (y, final), (inputs, A_ND, skip_1D, mark_B1T, borders_BJND)
 
 
 def _backward(options: Options, saved: Any, cts: tuple[Array, Array]) -> tuple[Any, ...]:
@@ -138,12 +147,16 @@ def _backward(options: Options, saved: Any, cts: tuple[Array, Array]) -> tuple[A
 _scan.defvjp(_forward, _backward)
 
 
-def _forward_kernel(x, step, B, C, A, skip, start, mark, y, final, border, state) -> None:
+def _forward_kernel(x, step, B, C, A, skip, start, mark, y, final, *rest) -> None:
+    """rest: the border's state, if it is kept, and the scratch state."""
+    *border, state = rest
+
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
         state[...] = start[...]
 
-    border[...] = state[...]
+    if border:
+        border[0][...] = state[...]
     A_NW, B_NT, C_NT, skip_1W = A[...], B[...], C[...], skip[...]
 
     def token(t: Any, h_NW: Array) -> Array:

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mlt_kernels import triton_calls
+from mlt_kernels import triton_calls, tuned
 from mlt_kernels.diagonal_recurrence._march import marks
+from mlt_kernels.grids import unsupported_shape
 
 KERNELS = "selective_scan._triton_kernels"
 CHUNK, GROUP = 64, 2
@@ -48,7 +49,7 @@ def unsupported(*, x: Array, A: Array, state_dtype: Any, **_: Any) -> str | None
         return f"states of {jnp.dtype(state_dtype).name}; its kernels compute in float32"
     if A.shape[1] > max(CHANNELS):
         return f"{A.shape[1]} states a channel; its kernels hold at most {max(CHANNELS)}"
-    return f"x has shape {x.shape}: nothing to compute" if 0 in x.shape else None
+    return unsupported_shape("x", x.shape)
 
 
 def run(
@@ -64,8 +65,11 @@ def run(
     state_dtype: Any,
 ) -> tuple[Array, Array]:
     (batch, T, D), N = x.shape, A.shape[1]
-    width = min(next(width for limit, width in CHANNELS.items() if limit >= N), _power(D))
-    options = Options(width, min(width, BACKWARD_CHANNELS), triton_calls.interpreting())
+    most = next(width for limit, width in CHANNELS.items() if limit >= N)
+    rules = {"forward": most, "backward": min(most, BACKWARD_CHANNELS)}
+    found = (tuned.sizes("selective_scan", "triton_gpu", name, {"states": N}, {"channels": n}) for name, n in rules.items())
+    forward, backward = (min(at["channels"], _power(D)) for at in found)
+    options = Options(forward, backward, triton_calls.interpreting())
     start_BDN = jnp.zeros((batch, D, N), state_dtype) if initial_state is None else initial_state.astype(state_dtype)
     skip_D = jnp.zeros((D,), state_dtype) if skip is None else skip.astype(state_dtype)
     mark_BT = None if segment_ids is None else marks(segment_ids, (batch, T), T)
