@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mlt_kernels import dispatch, linear_recurrence
-from mlt_kernels.linear_recurrence.cases import TESTS, arguments
+from mlt_kernels import dispatch, linear_recurrence, testing
+from mlt_kernels.linear_recurrence.cases import TESTS, arguments, one_key
 from mlt_kernels.testing import (
     array_shapes_in,
     assert_close,
@@ -17,6 +17,7 @@ from mlt_kernels.testing import (
     check_causality,
     check_isolation,
     cotangents,
+    evaluate,
     value_and_grads,
 )
 
@@ -157,6 +158,20 @@ def test_bfloat16_operands(backend, name):
     assert_close(found, oracle(name, low), max_rel=2e-2)
 
 
+@pytest.mark.parametrize(
+    ("decay", "dtype", "limit"),
+    [("none", "float32", 1e-5), *[(decay, "bfloat16", 2e-2) for decay in ("none", "scalar", "vector")]],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_key_in_every_token(backend, decay, dtype, limit):
+    """Writes cancel from token to token, and nothing damps what rounding puts into a product or an overlap of keys.
+
+    With decays in float32, a unit in the last place of the inputs moves the float64 result by as much as the limit.
+    """
+    args = one_key(decay, dtype=dtype) | {"rule": "delta", "return_final_state": True}
+    assert_close(evaluate(linear_recurrence, backend, args), testing.oracle(linear_recurrence, args), max_rel=limit)
+
+
 @pytest.mark.parametrize("name", ["gated_delta", "mlstm"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_state_goes_on(backend, name):
@@ -246,6 +261,21 @@ def test_memory_is_linear_in_tokens():
     B, T, H, V = args["v"].shape
     states = B * H * (T // 16) * 8 * V
     assert max(np.prod(s) for s in shapes) <= max(states, B * T * H * 16)
+
+
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("name", ["ssd", "gated_delta"])
+def test_memory_beside_inputs_and_results(name, B):
+    """Forward and backward keep one state a chunk, an eighth here; a copy of any token array would be another eighth."""
+    options = TESTS[name].options | {"chunk_size": 64}
+    case = dataclasses.replace(TESTS[name], B=B, T=8192, Hk=2, H=2, K=64, V=64, documents=None, options=options)
+    fn, args = split(case)
+    fn = functools.partial(fn, implementation="chunked")
+    shapes = jax.eval_shape(lambda args: fn(**args), args)
+    compiled = jax.jit(lambda args, cts: value_and_grads(fn, args, cotangent=cts)).lower(args, shapes).compile()
+    memory = compiled.memory_analysis()
+    inputs_and_results = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    assert memory.temp_size_in_bytes < 0.2 * inputs_and_results
 
 
 def test_wrong_arguments_are_named():

@@ -215,3 +215,18 @@ def test_why_not():
         linear_recurrence(**args, implementation="pallas_gpu")
     with pytest.raises(dispatch.UnsupportedError, match="its kernels are for tpu; planned for cpu"):
         linear_recurrence(**args, implementation="pallas_tpu")
+
+
+@pytest.mark.parametrize("rule", ["add", "delta"])
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_a_batch_that_no_grid_holds_is_refused(platform, rule):
+    def plan(rows):
+        args = {name: jax.ShapeDtypeStruct((rows, 32, 1, 16), jnp.float32) for name in ("q", "k", "v")}
+        with dispatch.target_platform(platform):
+            jax.eval_shape(lambda args: linear_recurrence(**args, rule=rule, implementation=f"pallas_{platform}"), args)
+
+    with pytest.raises(dispatch.UnsupportedError, match="nothing to compute"):
+        plan(0)
+    if (platform, rule) == ("gpu", "add"):  # the other kernels have the rows in front, where a grid is long
+        with pytest.raises(dispatch.UnsupportedError, match="65536 rows; a grid holds 65535"):
+            plan(65536)

@@ -7,7 +7,7 @@ arrays that have one are 10 to 20 times slower.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,8 @@ HIGHEST = jax.lax.Precision.HIGHEST
 LOWEST = -128.0
 """Log decays are clamped here; from -104 on, exp is 0 in float32."""
 GRID = 2.0**8
+KEY_GRID = 2.0**11
+"""Keys of norm at most 1 on this grid have products and sums of products that float32 holds exactly."""
 
 Product = Callable[[Array, Array], Array]
 """Batched matrix product of operands cast to the op's operand dtype, accumulated in the wide dtype."""
@@ -89,6 +91,31 @@ def _scale_rows_bwd(residuals: tuple[Array, Array], grad: Array) -> tuple[Array,
 scale_rows.defvjp(_scale_rows_fwd, _scale_rows_bwd)
 
 
+@jax.custom_vjp
+def overlaps(k_XCK: Array) -> Array:
+    """(X, C, C): k_i . k_j to the last digit.
+
+    A plain sum over K is several units off, and by the same amount for every pair of tokens with one key: at full
+    reflection each token adds that to the state. Here the keys' leading digits meet exactly and the rest is small.
+    """
+    lead_XCK = jnp.round(k_XCK * KEY_GRID) / KEY_GRID
+    rest_XCK = k_XCK - lead_XCK
+    exact_XCC = _matmul(lead_XCK, jnp.swapaxes(lead_XCK, 1, 2))
+    half_XCC = _matmul(lead_XCK + rest_XCK / 2, jnp.swapaxes(rest_XCK, 1, 2))
+    return exact_XCC + (half_XCC + jnp.swapaxes(half_XCC, 1, 2))
+
+
+def _overlaps_bwd(k_XCK: Array, grad_XCC: Array) -> tuple[Array]:
+    return (_matmul(grad_XCC + jnp.swapaxes(grad_XCC, 1, 2), k_XCK),)
+
+
+overlaps.defvjp(lambda k_XCK: (overlaps(k_XCK), k_XCK), _overlaps_bwd)
+
+
+def _matmul(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision=HIGHEST)
+
+
 class ScalarDecay(NamedTuple):
     """One decay a head, or none: factors on the scores and, None being 1, on reads of the entering state.
 
@@ -99,9 +126,9 @@ class ScalarDecay(NamedTuple):
     into_YC: Array | None
     repeats: int  # R
 
-    def scores(self, queries_XCK: Sequence[Array], k_XCK: Array, dot: Product) -> list[Array]:
-        """(Y, C, C) for each of the queries: x_i . k_j decayed from j to i, 0 where they do not meet."""
-        products_XCC = [dot(x_XCK, jnp.swapaxes(k_XCK, 1, 2)) for x_XCK in queries_XCK]
+    def scores(self, q_XCK: Array, k_XCK: Array, dot: Product, *, keys: bool) -> list[Array]:
+        """(Y, C, C): q_i . k_j and, with `keys`, k_i . k_j, decayed from j to i, 0 where they do not meet."""
+        products_XCC = [dot(q_XCK, jnp.swapaxes(k_XCK, 1, 2)), *([overlaps(k_XCK)] if keys else [])]
         return [repeat_heads(x_XCC, self.repeats) * self.pair_YCC for x_XCC in products_XCC]
 
     def read(self, x_YCK: Array, state_YKV: Array, dot: Product) -> Array:
@@ -195,11 +222,11 @@ class VectorDecay(NamedTuple):
     into_YCK: Array
     out_YCK: Array
 
-    def scores(self, queries_YCK: Sequence[Array], k_YCK: Array, dot: Product) -> list[Array]:
-        """(Y, C, C) for each of the queries: x_i . k_j decayed from j to i, 0 where they do not meet."""
-        stacked_YCSK = jnp.stack(queries_YCK, axis=2)
+    def scores(self, q_YCK: Array, k_YCK: Array, dot: Product, *, keys: bool) -> list[Array]:
+        """(Y, C, C): q_i . k_j and, with `keys`, k_i . k_j, decayed from j to i, 0 where they do not meet."""
+        stacked_YCSK = jnp.stack([q_YCK, k_YCK] if keys else [q_YCK], axis=2)
         scores_YCSC = _vector.scores(stacked_YCSK, k_YCK, self.factors, stacked_YCSK.dtype)
-        return [jnp.where(self.lower_YCC, scores_YCSC[:, :, s], 0) for s in range(len(queries_YCK))]
+        return [jnp.where(self.lower_YCC, scores_YCSC[:, :, s], 0) for s in range(scores_YCSC.shape[2])]
 
     def read(self, x_YCK: Array, state_YKV: Array, dot: Product) -> Array:
         """(Y, C, V): what each x reads of the state that entered the chunk."""

@@ -1,9 +1,10 @@
-"""What kernels are given about documents and decays, and what decays feel: shared by the Pallas and the Triton backends.
+"""A call as kernels are given it: whole chunks, gates, documents, sums of decays; and what decays feel. Shared by the Pallas and
+the Triton backends.
 
 Letters: B rows, T tokens, J chunks, C tokens of a chunk, H value heads, K key dim, V value dim.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,13 @@ LOWEST = -128.0
 GRID = 2.0**8
 SMALLEST, LARGEST = 16, 256
 """Key and value dims that a Triton kernel takes: its products need 16, its registers end at 256."""
+
+ANCHOR = 16
+"""Chunks between two states that the forward sweep of a backward pass leaves to the backward sweep, for the decays' gradients."""
+INTERPRETED_ANCHOR = 2
+"""The same where kernels are interpreted: small tests have several."""
+OF_VALUES = ("forward", "values")
+"""Kernels of the add rule whose programs own a slab of V and all of K; `queries` and `keys` own a slab of K and all of V."""
 
 
 class Arrays(NamedTuple):
@@ -37,6 +45,61 @@ class Documents(NamedTuple):
 
     first_BT: Array  # place in its chunk of the first token of a token's document, -1 if entered with it; padding: C
     first_end_BJ: Array  # the same of the document that each chunk is left with; padding belongs to what precedes it
+
+
+def chunk_length(wanted: int, least: int, T: int, chunk_size: int | None) -> int:
+    """Tokens of a chunk: no longer than the row needs or, where states by `chunk_size` are returned, than these."""
+    if chunk_size is not None:
+        wanted = min(wanted, chunk_size)
+    return max(least, min(wanted, 1 << (T - 1).bit_length()))
+
+
+def whole_chunks(
+    *,
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | None,
+    beta: Array | None,
+    log_input: Array | None,
+    initial_state: Array | None,
+    segment_ids: Array | None,
+    length: int,
+) -> tuple[Arrays, Array | None]:
+    """A call's arrays, operands in their common dtype, and its segment ids, with T a multiple of `length`. Padding, the given one
+    and that added here, decays nothing and writes nothing."""
+    B, T, H, _ = v.shape
+    low = jnp.result_type(q, k, v)
+    u = beta if log_input is None else jnp.exp(log_input) if beta is None else beta * jnp.exp(log_input)
+    g = None if log_decay is None else jnp.maximum(log_decay, LOWEST)
+    if g is not None and g.ndim == 1:
+        g = jnp.broadcast_to(g, (B, T, H))
+    if segment_ids is not None:
+        real = (segment_ids != 0)[..., None]
+        u = jnp.where(real, jnp.float32(1.0) if u is None else u, 0.0) * jnp.ones((1, 1, H), jnp.float32)
+        g = None if g is None else jnp.where(real[..., None] if g.ndim == 4 else real, g, 0.0)
+
+    def padded(x: Array) -> Array:
+        return jnp.pad(x, [(0, 0), (0, -T % length)] + [(0, 0)] * (x.ndim - 2))
+
+    arrays = Arrays(
+        *(padded(x.astype(low)) for x in (q, k, v)),
+        g=None if g is None else padded(g),
+        u=None if u is None else padded(u),
+        state=None if initial_state is None else initial_state.astype(jnp.float32),
+    )
+    return arrays, None if segment_ids is None else padded(segment_ids)
+
+
+def returned(found: Any, v: Array, return_final_state: bool, return_chunk_states: bool) -> Any:
+    """What the public function returns of (o, final state, states): o without the added tokens, in the dtype of v."""
+    o, final, states = found
+    result = [o[:, : v.shape[1]].astype(v.dtype)]
+    if return_final_state:
+        result.append(final)
+    if return_chunk_states:
+        result.append(states)
+    return result[0] if len(result) == 1 else tuple(result)
 
 
 def documents(segment_ids_BT: Array | None, length: int) -> tuple[Documents | None, Array | None]:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mlt_kernels import pallas
+from mlt_kernels.grids import unsupported_shape
 from mlt_kernels.linear_recurrence import _kernel_inputs as given
 from mlt_kernels.linear_recurrence import (
     _normalized,
@@ -97,7 +98,7 @@ def unsupported(
         return "float64 arguments; the kernels compute in float32"
     if return_chunk_states and chunk_size < given.SMALLEST:
         return f"return_chunk_states with chunk_size={chunk_size}; a Triton product needs {given.SMALLEST} tokens"
-    return None
+    return unsupported_shape("v", v.shape)
 
 
 def run(*, normalizer: str, platform: str = "gpu", **arguments: Any) -> Any:
@@ -131,34 +132,23 @@ def _plain(
     return_chunk_states: bool,
     platform: str,
 ) -> Any:
-    B, T, H, V = v.shape
+    (T, V), K, low = (v.shape[1], v.shape[3]), q.shape[3], jnp.result_type(q, k, v)
     vector = log_decay is not None and log_decay.ndim == 4
-    low = jnp.result_type(q, k, v)
     if platform == "gpu":
-        length, least = tools.blocks("forward", q.shape[-1], V, q.dtype.itemsize, vector=vector).chunk, given.SMALLEST
+        length, least = tools.blocks("forward", K, V, q.dtype.itemsize, vector=vector).chunk, given.SMALLEST
     else:
         length, least = _tpu_chunk(rule, low, vector=vector), 8
-    if return_chunk_states:
-        length = min(length, chunk_size)
-    length = max(least, min(length, 1 << (T - 1).bit_length()))
-    gated = beta is not None or log_input is not None
-    u = beta if log_input is None else jnp.exp(log_input) if beta is None else beta * jnp.exp(log_input)
-    g = None if log_decay is None else jnp.maximum(log_decay, given.LOWEST)
-    if g is not None and not vector:
-        g = jnp.broadcast_to(g, (B, T, H))
-    if segment_ids is not None:
-        real = (segment_ids != 0)[..., None]
-        u = jnp.where(real, jnp.float32(1.0) if u is None else u, 0.0) * jnp.ones((1, 1, H), jnp.float32)
-        g = None if g is None else jnp.where(real[..., None] if vector else real, g, 0.0)
-
-    def padded(x: Array) -> Array:
-        return jnp.pad(x, [(0, 0), (0, -T % length)] + [(0, 0)] * (x.ndim - 2))
-
-    arrays = Arrays(
-        *(padded(x.astype(low)) for x in (q, k, v)),
-        g=None if g is None else padded(g),
-        u=None if u is None else padded(u),
-        state=None if initial_state is None else initial_state.astype(jnp.float32),
+    length = given.chunk_length(length, least, T, chunk_size if return_chunk_states else None)
+    arrays, segment_ids = given.whole_chunks(
+        q=q,
+        k=k,
+        v=v,
+        log_decay=log_decay,
+        beta=beta,
+        log_input=log_input,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        length=length,
     )
     stride = chunk_size // length if return_chunk_states else None
     settings = Settings(
@@ -168,15 +158,8 @@ def _plain(
         chunk=length,
         return_final=return_final_state,
         state_stride=stride,
-        gated_writes=gated,
-        anchor=stride or (2 if pallas.interpreting() else tools.ANCHOR),
+        gated_writes=beta is not None or log_input is not None,
+        anchor=stride or (given.INTERPRETED_ANCHOR if pallas.interpreting() else given.ANCHOR),
         interpreting=pallas.interpreting(),
     )
-    results: Any = recurrence(settings, arrays, None if segment_ids is None else padded(segment_ids))
-    o, final, states = results
-    result = [o[:, :T].astype(v.dtype)]
-    if return_final_state:
-        result.append(final)
-    if return_chunk_states:
-        result.append(states)
-    return result[0] if len(result) == 1 else tuple(result)
+    return given.returned(recurrence(settings, arrays, segment_ids), v, return_final_state, return_chunk_states)

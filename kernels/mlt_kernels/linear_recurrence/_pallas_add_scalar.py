@@ -20,8 +20,9 @@ from jax.experimental import pallas as pl
 
 from mlt_kernels.linear_recurrence import _kernel_inputs as given
 from mlt_kernels.linear_recurrence import _pallas_tools as tools
+from mlt_kernels.linear_recurrence import _pallas_walk as walks
 from mlt_kernels.linear_recurrence._kernel_inputs import Arrays
-from mlt_kernels.linear_recurrence._pallas_tools import Layout, Refs, Settings, dot, rows, update, walk
+from mlt_kernels.linear_recurrence._pallas_tools import Layout, Refs, Settings, dot, rows, update
 
 
 class Factors(NamedTuple):
@@ -93,8 +94,8 @@ def _forward_kernel(refs: Refs, *, scale: float, C: int, J: int, stride: int | N
         refs["states"][anchor] = state
         return state
 
-    by = tools.groups(J, stride) if stride else None
-    state = walk(J, chunk, tools.initial(refs, "state", shape), by=by, before=leave)
+    by = walks.groups(J, stride) if stride else None
+    state = walks.walk(J, chunk, walks.initial(refs, "state", shape), by=by, before=leave)
     if "final" in refs:
         refs["final"][...] = state
 
@@ -121,8 +122,8 @@ def _queries_kernel(refs: Refs, *, scale: float, C: int, J: int, stride: int, sh
         refs["anchors"][jnp.maximum(n - 1, 0)] = state
         return state
 
-    by = tools.groups_between_last(J, stride) if "anchors" in refs else None
-    walk(J, chunk, tools.initial(refs, "state", shape), by=by, before=leave)
+    by = walks.groups_between_last(J, stride) if "anchors" in refs else None
+    walks.walk(J, chunk, walks.initial(refs, "state", shape), by=by, before=leave)
 
 
 def pair_gradient(weight: Array) -> Array:
@@ -159,9 +160,9 @@ def _keys_kernel(refs: Refs, *, scale: float, C: int, J: int, stride: int, shape
     def add(n: Array, d_state: Array) -> Array:
         return d_state + refs["d_states"][n] if "d_states" in refs else d_state
 
-    by = tools.groups(J, stride)
+    by = walks.groups(J, stride)
     grouped = by if "d_states" in refs or "through" in refs else None
-    walk(J, chunk, tools.initial(refs, "d_final", shape), by=grouped, before=meet, after=add, reverse=True)
+    walks.walk(J, chunk, walks.initial(refs, "d_final", shape), by=grouped, before=meet, after=add, reverse=True)
 
 
 def _values_kernel(refs: Refs, *, scale: float, C: int, J: int, stride: int | None, shape: tuple[int, int]) -> None:
@@ -180,8 +181,8 @@ def _values_kernel(refs: Refs, *, scale: float, C: int, J: int, stride: int | No
     def add(n: Array, d_state: Array) -> Array:
         return d_state + refs["d_states"][n]
 
-    by = tools.groups(J, stride) if stride and "d_states" in refs else None
-    d_state = walk(J, chunk, tools.initial(refs, "d_final", shape), by=by, after=add, reverse=True)
+    by = walks.groups(J, stride) if stride and "d_states" in refs else None
+    d_state = walks.walk(J, chunk, walks.initial(refs, "d_final", shape), by=by, after=add, reverse=True)
     if "d_initial" in refs:
         refs["d_initial"][...] = d_state
 
@@ -190,13 +191,7 @@ def forward(settings: Settings, arrays: Arrays, segment_ids: Array | None) -> tu
     documents, place = given.documents(segment_ids, settings.chunk)
     at = Layout(settings, arrays, "forward")
     inputs: dict[str, Any] = {} if arrays.state is None else {"state": (arrays.state, at.state())}
-    outputs: dict[str, Any] = {"o": (jax.ShapeDtypeStruct(arrays.v.shape, arrays.v.dtype), at.values())}
-    if settings.return_final:
-        outputs["final"] = jax.ShapeDtypeStruct((at.B, at.H, at.K, at.V), jnp.float32), at.state()
-    if settings.state_stride:
-        number = -(-at.chunks // settings.state_stride)
-        outputs["states"] = jax.ShapeDtypeStruct((at.B, number, at.H, at.K, at.V), jnp.float32), at.states(number)
-    stride = settings.state_stride
+    outputs, stride = tools.forward_outputs(settings, arrays, at), settings.state_stride
     found = tools.sweep(settings, arrays, documents, at, _forward_kernel, inputs, outputs, stride, place)
     return found["o"], found.get("final"), found.get("states")
 
@@ -210,8 +205,7 @@ def backward(
     d_states: Array | None,
 ) -> Arrays:
     documents, place = given.documents(segment_ids, settings.chunk)
-    B, T, H, V = arrays.v.shape
-    Hk, K = arrays.q.shape[2:]
+    (B, T, H, _), (Hk, K) = arrays.v.shape, arrays.q.shape[2:]
     stride, number = settings.anchor, -(-(T // settings.chunk) // settings.anchor)
     decayed = arrays.g is not None
     # A query/key head that several value heads read has its gradient summed over them, in float32.
@@ -224,7 +218,7 @@ def backward(
         inputs["state"] = arrays.state, at.state()
     if decayed:
         outputs |= {"reads": at.partial(T), "pairs": at.partial(T)}
-        outputs["anchors"] = jax.ShapeDtypeStruct((B, number, H, K, V), jnp.float32), at.states(number)
+        outputs["anchors"] = at.states_out(number)
     of_queries = tools.sweep(settings, arrays, documents, at, _queries_kernel, inputs, outputs, stride, place)
 
     at = Layout(settings, arrays, "keys")
@@ -237,11 +231,7 @@ def backward(
 
     at = Layout(settings, arrays, "values")
     inputs = {"do": (do, at.values())} | tools.state_gradients(at, d_final, d_states)
-    outputs = {"dv": (jax.ShapeDtypeStruct(arrays.v.shape, arrays.v.dtype), at.values())}
-    if settings.gated_writes:
-        outputs["du"] = at.partial(T)
-    if arrays.state is not None:
-        outputs["d_initial"] = jax.ShapeDtypeStruct((B, H, K, V), jnp.float32), at.state()
+    outputs = tools.values_outputs(settings, arrays, at)
     of_values = tools.sweep(settings, arrays, documents, at, _values_kernel, inputs, outputs, stride, place)
 
     return Arrays(

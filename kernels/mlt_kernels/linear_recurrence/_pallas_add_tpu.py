@@ -21,12 +21,16 @@ from mlt_kernels.linear_recurrence._kernel_inputs import Arrays
 from mlt_kernels.linear_recurrence._pallas_tools import Refs, Settings
 from mlt_kernels.linear_recurrence._pallas_tpu_tools import (
     Layout,
+    add_cotangent,
     dot,
     factors,
+    finish,
     gate_tiles,
     heads_first,
+    keep,
     operands,
     row_sums,
+    run_forward,
     start,
 )
 
@@ -35,21 +39,12 @@ def _forward_kernel(refs: Refs, state: Any, *, scale: float, J: int, stride: int
     start(refs, "state", state)
     q, k, v, f = refs["q"][...], refs["k"][...], refs["v"][...], factors(refs["gates"][...])
     entering = state[...]
-    if "states" in refs:
-
-        @pl.when(pl.program_id(2) % stride == 0)
-        def _() -> None:
-            refs["states"][...] = entering
-
+    keep(refs, entering, stride)
     scores = dot(q, k, (1, 1)) * f.pair * f.write_row
     o = dot(scores.astype(v.dtype), v) + dot(q, entering.astype(q.dtype)) * f.into
     refs["o"][...] = (scale * o).astype(v.dtype)
     state[...] = f.kept * entering + dot(k, (v * (f.write * f.out)).astype(k.dtype), (0, 0))
-    if "final" in refs:
-
-        @pl.when(pl.program_id(2) == J - 1)
-        def _() -> None:
-            refs["final"][...] = state[...]
+    finish(refs, "final", state, J)
 
 
 def _reads_kernel(refs: Refs, state: Any, *, scale: float, J: int, stride: int) -> None:
@@ -87,39 +82,21 @@ def _writes_kernel(refs: Refs, d_state: Any, *, scale: float, J: int, stride: in
     d_write = dot(scores.astype(do.dtype), do, (0, 0)) + dot(k, leaving.astype(k.dtype)) * f.out
     refs["dv"][...] = (d_write * f.write).astype(refs["dv"].dtype)
     d_state[...] = f.kept * leaving + dot(q, (do * (scale * f.into)).astype(q.dtype), (0, 0))
-    c = J - 1 - pl.program_id(2)
-    if "d_states" in refs:
-
-        @pl.when(c % stride == 0)
-        def _() -> None:
-            d_state[...] += refs["d_states"][...]
-
+    add_cotangent(refs, d_state, J - 1 - pl.program_id(2), stride)
     refs["felt"][...] = jnp.zeros_like(refs["felt"])
     refs["felt"][0:1, :] = row_sums(v.astype(jnp.float32) * d_write)
     if "anchors" in refs:
         refs["felt"][1:2, :] = row_sums(k.astype(jnp.float32) * inter)
         through = f.kept * jnp.sum(refs["anchors"][...] * leaving, keepdims=True)
         refs["felt"][2:3, :] = jnp.broadcast_to(through, (1, k.shape[0]))
-    if "d_initial" in refs:
-
-        @pl.when(c == 0)
-        def _() -> None:
-            refs["d_initial"][...] = d_state[...]
+    finish(refs, "d_initial", d_state, J)
 
 
 def forward(settings: Settings, arrays: Arrays, segment_ids: Array | None) -> tuple[Array, Array | None, Array | None]:
     documents, place = given.documents(segment_ids, settings.chunk)
     at = Layout(settings, arrays)
-    inputs = operands(settings, arrays, at, gate_tiles(settings, arrays, documents, place))
-    if arrays.state is not None:
-        inputs["state"] = arrays.state, at.state()
-    outputs = {"o": at.output(at.H, at.V, arrays.v.dtype)}
-    if settings.return_final:
-        outputs["final"] = jax.ShapeDtypeStruct((at.B, at.H, at.K, at.V), jnp.float32), at.state()
-    if settings.state_stride:
-        outputs["states"] = at.states(settings.state_stride)
-    found = at.launch(_forward_kernel, inputs, outputs, settings.state_stride or 1)
-    return heads_first(found["o"]), found.get("final"), found.get("states")
+    inputs = operands(arrays, at, gate_tiles(settings, arrays, documents, place))
+    return run_forward(settings, arrays, at, _forward_kernel, inputs)
 
 
 def backward(
@@ -137,7 +114,7 @@ def backward(
     at = Layout(settings, arrays)
     # A query/key head that several value heads read has its gradient summed over them, in float32.
     key_dtype = arrays.q.dtype if at.Hk == at.H else jnp.float32
-    inputs = operands(settings, arrays, at, gates) | {"do": (do, at.tokens(at.H, at.V))}
+    inputs = operands(arrays, at, gates) | {"do": (do, at.tokens(at.H, at.V))}
     outputs = {"dq": at.output(at.H, at.K, key_dtype)}
     if arrays.state is not None:
         inputs["state"] = arrays.state, at.state()
@@ -147,7 +124,7 @@ def backward(
     reads = at.launch(_reads_kernel, inputs, outputs, stride)
 
     at = Layout(settings, arrays, reverse=True)
-    inputs = operands(settings, arrays, at, gates) | {"do": (do, at.tokens(at.H, at.V))}
+    inputs = operands(arrays, at, gates) | {"do": (do, at.tokens(at.H, at.V))}
     outputs = {
         "dk": at.output(at.H, at.K, key_dtype),
         "dv": at.output(at.H, at.V, arrays.v.dtype),
@@ -160,7 +137,7 @@ def backward(
     if decayed:
         inputs["anchors"] = reads["anchors"], at.states(stride)[1]
     if arrays.state is not None:
-        outputs["d_initial"] = jax.ShapeDtypeStruct((at.B, at.H, at.K, at.V), jnp.float32), at.state()
+        outputs["d_initial"] = at.whole_state()
     writes = at.launch(_writes_kernel, inputs, outputs, stride)
 
     def tokens(felt: Array, row: int) -> Array:

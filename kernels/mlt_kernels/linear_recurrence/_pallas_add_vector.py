@@ -24,8 +24,9 @@ from jax.experimental import pallas as pl
 
 from mlt_kernels.linear_recurrence import _kernel_inputs as given
 from mlt_kernels.linear_recurrence import _pallas_tools as tools
+from mlt_kernels.linear_recurrence import _pallas_walk as walks
 from mlt_kernels.linear_recurrence._kernel_inputs import Arrays
-from mlt_kernels.linear_recurrence._pallas_tools import Layout, Refs, Settings, dot, rows, walk
+from mlt_kernels.linear_recurrence._pallas_tools import Layout, Refs, Settings, dot, rows
 
 
 class Factors(NamedTuple):
@@ -143,8 +144,8 @@ def _forward_kernel(refs: Refs, *, scale: float, C: int, J: int, stride: int | N
         refs["states"][anchor] = state
         return state
 
-    by = tools.groups(J, stride) if stride else None
-    state = walk(J, chunk, tools.initial(refs, "state", shape), by=by, before=leave)
+    by = walks.groups(J, stride) if stride else None
+    state = walks.walk(J, chunk, walks.initial(refs, "state", shape), by=by, before=leave)
     if "final" in refs:
         refs["final"][...] = state
 
@@ -168,8 +169,8 @@ def _queries_kernel(refs: Refs, *, scale: float, C: int, J: int, stride: int, sh
         refs["anchors"][jnp.maximum(n - 1, 0)] = state
         return state
 
-    by = tools.groups_between_last(J, stride)
-    walk(J, chunk, tools.initial(refs, "state", shape), by=by, before=leave)
+    by = walks.groups_between_last(J, stride)
+    walks.walk(J, chunk, walks.initial(refs, "state", shape), by=by, before=leave)
 
 
 def _keys_kernel(refs: Refs, *, scale: float, C: int, J: int, stride: int, shape: tuple[int, int]) -> None:
@@ -198,8 +199,8 @@ def _keys_kernel(refs: Refs, *, scale: float, C: int, J: int, stride: int, shape
     def add(n: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         return (carry[0] + refs["d_states"][n] if "d_states" in refs else carry[0]), carry[1]
 
-    start = tools.initial(refs, "d_final", shape), jnp.zeros(shape[:1], jnp.float32)
-    walk(J, chunk, start, by=tools.groups(J, stride), before=meet, after=add, reverse=True)
+    start = walks.initial(refs, "d_final", shape), jnp.zeros(shape[:1], jnp.float32)
+    walks.walk(J, chunk, start, by=walks.groups(J, stride), before=meet, after=add, reverse=True)
 
 
 def _values_kernel(refs: Refs, *, scale: float, C: int, J: int, stride: int | None, shape: tuple[int, int]) -> None:
@@ -218,8 +219,8 @@ def _values_kernel(refs: Refs, *, scale: float, C: int, J: int, stride: int | No
     def add(n: Array, d_state: Array) -> Array:
         return d_state + refs["d_states"][n]
 
-    by = tools.groups(J, stride) if stride and "d_states" in refs else None
-    d_state = walk(J, chunk, tools.initial(refs, "d_final", shape), by=by, after=add, reverse=True)
+    by = walks.groups(J, stride) if stride and "d_states" in refs else None
+    d_state = walks.walk(J, chunk, walks.initial(refs, "d_final", shape), by=by, after=add, reverse=True)
     if "d_initial" in refs:
         refs["d_initial"][...] = d_state
 
@@ -228,12 +229,7 @@ def forward(settings: Settings, arrays: Arrays, segment_ids: Array | None) -> tu
     documents, _ = given.documents(segment_ids, settings.chunk)
     pairs = _pairs(settings, arrays, documents)
     at = Layout(settings, arrays, "forward")
-    outputs = {"o": (jax.ShapeDtypeStruct(arrays.v.shape, arrays.v.dtype), at.values())}
-    if settings.return_final:
-        outputs["final"] = jax.ShapeDtypeStruct((at.B, at.H, at.K, at.V), jnp.float32), at.state()
-    if settings.state_stride:
-        number = -(-at.chunks // settings.state_stride)
-        outputs["states"] = jax.ShapeDtypeStruct((at.B, number, at.H, at.K, at.V), jnp.float32), at.states(number)
+    outputs = tools.forward_outputs(settings, arrays, at)
     inputs: dict[str, Any] = {"pairs": (pairs, _of_pairs(at))}
     if arrays.state is not None:
         inputs["state"] = arrays.state, at.state()
@@ -250,8 +246,7 @@ def backward(
     d_states: Array | None,
 ) -> Arrays:
     documents, _ = given.documents(segment_ids, settings.chunk)
-    B, T, H, V = arrays.v.shape
-    Hk, K = arrays.q.shape[2:]
+    (B, T, H, _), (Hk, K) = arrays.v.shape, arrays.q.shape[2:]
     stride, number = settings.anchor, -(-(T // settings.chunk) // settings.anchor)
     wide = jax.ShapeDtypeStruct((B, T, H, K), jnp.float32)
     # A query/key head that several value heads read has its gradient summed over them, in float32.
@@ -272,7 +267,7 @@ def backward(
     outputs: dict[str, Any] = {"dq": (d_key, at.keys(H)), "dg": (wide, at.keys(H)), "reads": at.key_sums(at.chunks)}
     if arrays.state is not None:
         inputs["state"] = arrays.state, at.state()
-    outputs["anchors"] = jax.ShapeDtypeStruct((B, number, H, K, V), jnp.float32), at.states(number)
+    outputs["anchors"] = at.states_out(number)
     of_queries = tools.sweep(settings, arrays, documents, at, _queries_kernel, inputs, outputs, stride)
 
     at = Layout(settings, arrays, "keys")
@@ -286,11 +281,7 @@ def backward(
     at = Layout(settings, arrays, "values")
     inputs = {"do": (do, at.values()), "pairs": (_pairs(settings, arrays, documents), _of_pairs(at))}
     inputs |= tools.state_gradients(at, d_final, d_states)
-    outputs = {"dv": (jax.ShapeDtypeStruct(arrays.v.shape, arrays.v.dtype), at.values())}
-    if settings.gated_writes:
-        outputs["du"] = at.partial(T)
-    if arrays.state is not None:
-        outputs["d_initial"] = jax.ShapeDtypeStruct((B, H, K, V), jnp.float32), at.state()
+    outputs = tools.values_outputs(settings, arrays, at)
     of_values = tools.sweep(settings, arrays, documents, at, _values_kernel, inputs, outputs, stride)
 
     return Arrays(

@@ -5,17 +5,17 @@ for an H200 on a host without one.
 
 Forward: `_pallas_delta_solve` inverts each chunk's triangular matrix, all chunks at once, and `_pallas_delta_run` goes
 through the chunks with the state in registers. The backward pass always recomputes the states that enter the chunks, one
-more pass over k, v and the inverse, and so keeps only the inverses beside the inputs: C numbers a token and head in the
-dtype of the operands (with a vector decay also as many scores; float32 operands, the overlaps too). The states, K V / C
-numbers a token and head, live inside the backward pass only. Then run the *reverse* and *local* kernels of
-`_pallas_delta_back` and, under a vector decay, that of `_pallas_delta_vector`. Every gradient is written out here; the last
-state, the initial state and the chunk states are differentiable.
+more pass over k, v and the inverse, and so keeps only the inverses beside the inputs: C numbers a token and head in
+float32 or three parts of bfloat16 (with a vector decay also as many scores; float32 operands, the overlaps too). The
+states, K V / C numbers a token and head, live inside the backward pass only. Then run the *reverse* and *local* kernels
+of `_pallas_delta_back` and, under a vector decay, that of `_pallas_delta_vector`. Every gradient is written out here; the
+last state, the initial state and the chunk states are differentiable.
 
 Compiled for an H200 with K = V = 128 in bfloat16, all products of the sweeps are `wgmma`; `ptxas -v` (CUDA 13.0, jaxlib
-0.10.2) on the dumped PTX counts about this many bytes of registers spilled a thread: solve 0, run 0 (152 where it keeps the
-states), reverse 184, local 500; under a vector decay solve 1300, run 344 (844), reverse 328, local 1088, last kernel 0.
-What that costs has not been measured. A row with fewer than 2 x 132 heads and slices of V in all does not fill the card:
-rows are not cut into pieces.
+0.10.2) on the dumped PTX counts this many bytes of registers spilled a thread (2026-11-30): solve 0, run 72 (0 where it
+keeps the states), reverse 20, local 1404; under a vector decay solve 1732, run 1160 (672), reverse 488, last kernel 0,
+local 2340 with slices of 64 columns and not measured with 32. What that costs has not been measured. A row with fewer
+than 2 x 132 heads and slices of V in all does not fill the card: rows are not cut into pieces.
 
 Letters: see `_pallas_delta_chunk`. Sums of decays are made here, in XLA: two float32 numbers for each decay.
 """
@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mlt_kernels import pallas, segments
+from mlt_kernels import pallas, segments, tuned
 from mlt_kernels.linear_recurrence._pallas_delta_back import backward
 from mlt_kernels.linear_recurrence._pallas_delta_chunk import LOWEST, Plan, sums
 from mlt_kernels.linear_recurrence._pallas_delta_run import forward
@@ -37,24 +37,24 @@ SIZES = (16, 32, 64, 128, 256)
 
 
 def launch(device: str, decay: str, K: int, low: Any) -> dict[str, int]:
-    """Chunk, columns of V, warps and stages of the kernels, by device, kind of decay and sizes.
+    """Chunk, columns of V, warps and stages of the kernels: this rule's, or but for the chunk those measured on the device.
 
-    Bfloat16: chunks of 64, whose tiles reach `wgmma` on Hopper. At K 128 a state of 128 x 64 a program just about fits the
-    registers, and one stage spills least in the *local* kernel. Float32 products use ordinary arithmetic: chunks of 32 cost
-    less of it, and where keys repeat they lose four times less to rounding.
+    Bfloat16: chunks of 64, whose tiles reach `wgmma` on Hopper. With one decay a head *run* spills 72 bytes a thread with 32
+    columns of V, 252 with 64; one stage spills least in the *local* kernel. Float32 products use ordinary arithmetic: chunks of
+    32 cost less of it, and where keys repeat they lose four times less to rounding.
     """
-    del device  # one row so far: nothing has been timed
     full = low == jnp.float32
     warps = 8 if decay == "vector" else 4
-    return {
-        "C": 32 if full else 64,
-        "value_block": 32 if full or K > 128 else 64,
+    rule = {
+        "value_block": 64 if decay == "vector" and K <= 128 and not full else 32,
         "sweep_warps": warps,
         "solve_warps": warps,
         "tile_warps": 8,
         "sweep_stages": 1 if decay == "vector" and K > 128 else 2,  # two would not fit in shared memory
         "tile_stages": 1,
     }
+    shape = {"K": K, "decay": decay, "item_bytes": jnp.dtype(low).itemsize}
+    return {"C": 32 if full else 64} | tuned.sizes("linear_recurrence", "pallas_gpu", "delta", shape, rule, device=device)
 
 
 def unsupported(

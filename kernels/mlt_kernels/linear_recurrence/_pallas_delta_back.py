@@ -33,7 +33,8 @@ from mlt_kernels.linear_recurrence._pallas_delta_chunk import (
     outer,
     strictly,
 )
-from mlt_kernels.linear_recurrence._pallas_delta_run import SHARED, decayed_inverse, pick, solved, states, sweep_factors
+from mlt_kernels.linear_recurrence._pallas_delta_parts import fine_dot
+from mlt_kernels.linear_recurrence._pallas_delta_run import SHARED, overlap, pick, solved, states, sweep_factors
 
 
 def backward(plan: Plan, x: dict[str, Array]) -> dict[str, Array]:
@@ -41,7 +42,7 @@ def backward(plan: Plan, x: dict[str, Array]) -> dict[str, Array]:
     x = x | states(plan, x)
     outputs: dict[str, tuple[Any, str]] = {
         "d_states": (plan.low, "states"),
-        "pull": (plan.low, "value"),
+        "pull": (jnp.float32, "value"),
         "d_state": (jnp.float32, "state"),
     }
     names = [*SHARED, "q", "scores", "d_o", "d_last", "d_entering"]
@@ -53,7 +54,7 @@ def backward(plan: Plan, x: dict[str, Array]) -> dict[str, Array]:
     outputs = {"d_q": (dtype, key), "d_k": (dtype, key), "d_v": (x["v"].dtype, "value")}
     outputs |= {"d_beta": (jnp.float32, "gate")} | ({} if plan.decay == "none" else {"d_g": (jnp.float32, gate)})
     if plan.decay == "vector":
-        outputs |= {"d_scores": (plan.low, "square"), "d_overlap": (plan.low, "square")}
+        outputs |= {"d_scores": (jnp.float32, "square"), "d_overlap": (jnp.float32, "square")}
     grads = plan.tile(functools.partial(_local_kernel, plan=plan), pick(x, names), outputs, heads=plan.Hk, warps=plan.tile_warps)
     if plan.decay == "vector":
         grads |= vector.within_chunks(plan, x | grads)
@@ -71,10 +72,10 @@ def _reverse_kernel(x: Refs, y: Refs, *, plan: Plan) -> None:
         beta_C = x["beta"][rows]
         y["d_states"][n] = d_state_KV.astype(low)
         scores_CC = x["scores"][n] if f.pair is None else dot(q_CK, k_CK, low, (1, 1)) * f.pair
-        d_write_CV = plan.scale * dot(scores_CC, d_o_CV, low, (0, 0)) + across(plan, f.leave, k_CK, d_state_KV)
-        pull_CV = solved(plan, *decayed_inverse(plan, x, f, n, k_CK, beta_C), d_write_CV, transposed=True)
-        y["pull"][rows, :] = pull_CV.astype(low)
-        entering_KV = kept(f.survive, d_state_KV) + plan.scale * outer(plan, f.into, q_CK, d_o_CV)
+        d_write_CV = plan.scale * fine_dot(scores_CC, d_o_CV, low, (0, 0)) + across(plan, f.leave, k_CK, d_state_KV)
+        pull_CV = solved(plan, x, n, overlap(plan, x, f, n, k_CK, beta_C), d_write_CV, transposed=True)
+        y["pull"][rows, :] = pull_CV
+        entering_KV = kept(f.survive, d_state_KV) + plan.scale * outer(plan, f.into, q_CK, d_o_CV, dot)
         entering_KV -= outer(plan, f.into, k_CK, pull_CV * beta_C[:, None])
         return entering_KV + x["d_entering"][n] if "d_entering" in x else entering_KV
 
@@ -108,12 +109,12 @@ def _local_kernel(x: Refs, y: Refs, *, plan: Plan) -> None:
         like = jnp.zeros(f.into.shape, jnp.float32)
         square = jnp.zeros((C, C), jnp.float32)
         start = _Sums(*d_qk, jnp.zeros((C,), jnp.float32), like, like, jnp.zeros(f.survive.shape, jnp.float32), square, square)
-        width = min(plan.V, 64)
+        width = min(plan.V, 32)
         slices = functools.partial(_slice, plan, x, y, f, r, q_CK, k_CK, beta_C, width)
         total = jax.lax.fori_loop(0, plan.V // width, slices, start)
         if plan.decay == "vector":
-            y["d_scores"][r] = (plan.scale * total.d_scores).astype(plan.low)
-            y["d_overlap"][r] = (-total.d_overlap).astype(plan.low)
+            y["d_scores"][r] = plan.scale * total.d_scores
+            y["d_overlap"][r] = -total.d_overlap
             y["d_g"][:, r, :] = vector.from_state(plan, total.into, total.leave, total.survive)
             d_q_CK, d_k_CK, d_beta_C = total.d_q, total.d_k, total.d_beta
         else:
@@ -148,7 +149,7 @@ def _slice(
     y["d_v"][:, r, columns] = (pull_CV * beta_C[:, None]).astype(y["d_v"].dtype)
 
     def by_key(x_CV: Array, state_KV: Array, factor: Array) -> Array:
-        return dot(x_CV, state_KV, low, (1, 1)) * (factor if factor.ndim == 2 else factor[:, None])
+        return fine_dot(x_CV, state_KV, low, (1, 1)) * (factor if factor.ndim == 2 else factor[:, None])
 
     def of_factor(x_CK: Array, factor: Array) -> Array:
         return x_CK if factor.ndim == 2 else jnp.sum(x_CK, axis=1)
@@ -159,7 +160,7 @@ def _slice(
     read_by_beta_CK = read_k_CK * beta_C[:, None]
     survived_KV = state_KV.astype(jnp.float32) * d_state_KV.astype(jnp.float32)
     survived = jnp.sum(survived_KV, axis=1)
-    d_beta_C = jnp.sum(pull_CV.astype(jnp.float32) * v_CV.astype(jnp.float32), axis=1) - jnp.sum(k_CK * read_k_CK, axis=1)
+    d_beta_C = jnp.sum(pull_CV * v_CV.astype(jnp.float32), axis=1) - jnp.sum(k_CK * read_k_CK, axis=1)
     return _Sums(
         d_q=total.d_q + read_q_CK,
         d_k=total.d_k + left_CK - read_by_beta_CK,
@@ -167,8 +168,8 @@ def _slice(
         into=total.into + of_factor(q_CK * read_q_CK - k_CK * read_by_beta_CK, f.into),
         leave=total.leave + of_factor(k_CK * left_CK, f.leave),
         survive=total.survive + f.survive * (survived if f.survive.ndim else jnp.sum(survived)),
-        d_scores=total.d_scores + dot(d_o_CV, write_CV, low, (1, 1)),
-        d_overlap=total.d_overlap + dot(pull_CV, write_CV, low, (1, 1)),
+        d_scores=total.d_scores + fine_dot(d_o_CV, write_CV, low, (1, 1)),
+        d_overlap=total.d_overlap + fine_dot(pull_CV, write_CV, low, (1, 1)),
     )
 
 
@@ -184,9 +185,9 @@ def _inside(
     d_overlap_CC = -total.d_overlap * strict_CC
     d_beta_C = total.d_beta + jnp.sum(d_overlap_CC * overlap_CC, axis=1)
     d_overlap_CC *= beta_C[:, None]
-    d_q_CK = total.d_q + dot(d_scores_CC, k_CK, low)
-    d_k_CK = total.d_k + dot(d_scores_CC, q_CK, low, (0, 0))
-    d_k_CK += dot(d_overlap_CC, k_CK, low) + dot(d_overlap_CC, k_CK, low, (0, 0))
+    d_q_CK = total.d_q + fine_dot(d_scores_CC, k_CK, low)
+    d_k_CK = total.d_k + fine_dot(d_scores_CC, q_CK, low, (0, 0))
+    d_k_CK += fine_dot(d_overlap_CC + d_overlap_CC.T, k_CK, low)
     if plan.decay != "none":
         # (token that decays, query) after the sum over the keys before the token; then over queries from it on.
         key_before_CC = grid(C, 1) < grid(C, 0)

@@ -15,12 +15,17 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from mlt_kernels import pallas
+from mlt_kernels.linear_recurrence._pallas_delta_parts import fine_dot
 
 HIGHEST = jax.lax.Precision.HIGHEST
 LOWEST = -128.0
 """Log decays are clamped here; from -104 on, exp is 0 in float32. Sums of 64 of them stay exact, see `sums`."""
 COARSE, FINE = 2.0**8, 2.0**26
 LEAF = 16
+
+INVERSE = ("inverse", "inverse_1", "inverse_2")
+"""Parts of the stored inverses, its decays included, that add up to them: three of bfloat16 or one of float32. Where keys repeat
+each chunk loses the same digits of its inverse, and over many chunks two parts would not do."""
 
 Refs = dict[str, Any]
 
@@ -37,7 +42,7 @@ class Plan:
     V: int
     decay: str
     scale: float
-    low: Any  # dtype of matrix operands and of what passes between kernels
+    low: Any  # dtype of matrix operands and of stored states; what cancels is float32
     interpret: bool
     states: bool  # the states that enter the chunks are a result too
     C: int
@@ -152,7 +157,7 @@ _KINDS = {
     **dict.fromkeys(("v", "d_o", "write", "pull"), "value"),
     **dict.fromkeys(("state", "d_last"), "state"),
     **dict.fromkeys(("states", "d_states", "d_entering"), "states"),
-    **dict.fromkeys(("inverse", "scores", "overlap", "d_scores", "d_overlap"), "square"),
+    **dict.fromkeys((*INVERSE, "scores", "overlap", "d_scores", "d_overlap"), "square"),
     **dict.fromkeys(("old_d_q", "old_d_k", "old_d_g"), "vector"),
     **dict.fromkeys(("beta", "old_d_beta"), "gate"),
     "first": "first",
@@ -168,13 +173,8 @@ def dot(a: Array, b: Array, low: Any = jnp.float32, contract: tuple[int, int] = 
 
 
 def count_dot(plan: Plan, mask: Array, x: Array, contract: tuple[int, int] = (1, 0)) -> Array:
-    """A matrix of 0 and 1 times x, to 16 bits of x at least: float32 products, or two of parts of x."""
-    ones = mask.astype(jnp.float32)
-    high = x.astype(plan.low)
-    product = dot(ones, high, plan.low, contract)
-    if plan.low == jnp.float32:
-        return product
-    return product + dot(ones, x - high.astype(jnp.float32), plan.low, contract)
+    """A matrix of 0 and 1 times x, to 16 bits of x at least."""
+    return fine_dot(mask.astype(jnp.float32).astype(plan.low), x, plan.low, contract)
 
 
 def sums(g: Array, C: int) -> tuple[Array, Array]:
@@ -252,18 +252,18 @@ def strictly(pair_CC: Array) -> Array:
     return jnp.where(grid(C, 1) < grid(C, 0), pair_CC, 0.0)
 
 
-def across(plan: Plan, factor: Array, x_CK: Array, state_KV: Array) -> Array:
-    """(C, V): x times the factor (C,) or (C, K), times the state."""
+def across(plan: Plan, factor: Array, x_CK: Array, state_KV: Array, product: Callable[..., Array] = fine_dot) -> Array:
+    """(C, V): x times the factor (C,) or (C, K), times the state rounded."""
     if factor.ndim == 2:
-        return dot(x_CK * factor, state_KV, plan.low)
+        return product(x_CK * factor, state_KV.astype(plan.low), plan.low)
     return dot(x_CK, state_KV, plan.low) * factor[:, None]
 
 
-def outer(plan: Plan, factor: Array, x_CK: Array, y_CV: Array) -> Array:
+def outer(plan: Plan, factor: Array, x_CK: Array, y_CV: Array, product: Callable[..., Array] = fine_dot) -> Array:
     """(K, V): the transpose of x times the factor, times y."""
     if factor.ndim == 2:
-        return dot(x_CK * factor, y_CV, plan.low, (0, 0))
-    return dot(x_CK, y_CV * factor[:, None], plan.low, (0, 0))
+        return product(x_CK * factor, y_CV, plan.low, (0, 0))
+    return product(x_CK, y_CV * factor[:, None], plan.low, (0, 0))
 
 
 def kept(survive: Array, state_KV: Array) -> Array:

@@ -1,6 +1,6 @@
 """Delta rule on a GPU, the *run* kernel: one loop over the chunks with the state in registers.
 
-In a chunk entered with state S, with T the stored inverse, D decays between tokens, G their sums since the chunk began,
+In a chunk entered with state S, with D decays between tokens, T . D the stored inverse, G their sums since the chunk began,
 
     W  = (T . D) beta (V - exp(G) K S)                    what is written
     O  = scale (exp(G) Q S + (Q K^T . D) W)
@@ -18,6 +18,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from mlt_kernels.linear_recurrence._pallas_delta_chunk import (
+    INVERSE,
     Factors,
     Plan,
     Refs,
@@ -28,8 +29,9 @@ from mlt_kernels.linear_recurrence._pallas_delta_chunk import (
     outer,
     strictly,
 )
+from mlt_kernels.linear_recurrence._pallas_delta_parts import fine_dot, parts, parts_dot
 
-SHARED = ("k", "beta", "first", "leave", "inverse", "coarse", "fine", "overlap")
+SHARED = ("k", "beta", "first", "leave", *INVERSE, "coarse", "fine", "overlap")
 
 
 def forward(plan: Plan, x: dict[str, Array]) -> dict[str, Array]:
@@ -44,7 +46,7 @@ def forward(plan: Plan, x: dict[str, Array]) -> dict[str, Array]:
 
 def states(plan: Plan, x: dict[str, Array]) -> dict[str, Array]:
     """`states` that enter the chunks and all that is written, `write`."""
-    outputs = {"states": (plan.low, "states"), "write": (plan.low, "value")}
+    outputs = {"states": (plan.low, "states"), "write": (jnp.float32, "value")}
     return plan.sweep(functools.partial(_run_kernel, plan=plan), pick(x, [*SHARED, "v", "state"]), outputs)
 
 
@@ -61,28 +63,28 @@ def sweep_factors(plan: Plan, x: Refs, n: Array, rows: Any) -> Any:
     return factors(plan, x["first"][rows], x["leave"][n], load, rows, n * plan.C + plan.C - 1)
 
 
-def decayed_inverse(plan: Plan, x: Refs, f: Factors, n: Array, k_CK: Array, beta_C: Array) -> tuple[Array, Array | None]:
-    """The inverse for chunk n, and the S . D it inverts if the plan refines."""
-    if f.pair is None:
-        return x["inverse"][n], x["overlap"][n] if plan.refine else None
-    inverse_CC = x["inverse"][n] * f.pair
+def overlap(plan: Plan, x: Refs, f: Factors, n: Array, k_CK: Array, beta_C: Array) -> Array | None:
+    """S . D of chunk n if the plan refines."""
     if not plan.refine:
-        return inverse_CC, None
-    return inverse_CC, strictly(dot(k_CK, k_CK, plan.low, (1, 1)) * f.pair) * beta_C[:, None]
+        return None
+    if f.pair is None:
+        return x["overlap"][n]
+    return strictly(dot(k_CK, k_CK, plan.low, (1, 1)) * f.pair) * beta_C[:, None]
 
 
-def solved(plan: Plan, inverse_CC: Array, strict_CC: Array | None, right_CV: Array, *, transposed: bool = False) -> Array:
-    """(I + S)^-1 R from the stored inverse, or with its transpose, refined once where S is given.
+def solved(plan: Plan, x: Refs, n: Array, strict_CC: Array | None, right_CV: Array, *, transposed: bool = False) -> Array:
+    """(I + S)^-1 R from the stored inverse of chunk n, or with its transpose, refined once where S is given.
 
     The stored inverse is correct to float32, yet where keys repeat a product with it loses five times as much to rounding
     as substitution would: the refinement takes that back.
     """
     contract = (0, 0) if transposed else (1, 0)
-    solution = dot(inverse_CC, right_CV, plan.low, contract)
+    inverse = [x[name][n] for name in INVERSE if name in x]
+    solution = parts_dot(inverse, parts(right_CV, plan.low), plan.low, contract, len(INVERSE))
     if strict_CC is None:
         return solution
     rest = right_CV - solution - dot(strict_CC, solution, plan.low, contract)
-    return solution + dot(inverse_CC, rest, plan.low, contract)
+    return solution + parts_dot(inverse, [rest], plan.low, contract, len(INVERSE))
 
 
 def _run_kernel(x: Refs, y: Refs, *, plan: Plan) -> None:
@@ -95,13 +97,13 @@ def _run_kernel(x: Refs, y: Refs, *, plan: Plan) -> None:
         if "states" in y:
             y["states"][n] = state_KV.astype(y["states"].dtype)
         right_CV = (x["v"][rows, :] - across(plan, f.into, k_CK, state_KV)) * beta_C[:, None]
-        write_CV = solved(plan, *decayed_inverse(plan, x, f, n, k_CK, beta_C), right_CV)
+        write_CV = solved(plan, x, n, overlap(plan, x, f, n, k_CK, beta_C), right_CV)
         if "write" in y:
             y["write"][rows, :] = write_CV.astype(y["write"].dtype)
         if "o" in y:
             q_CK = x["q"][rows, :]
             scores_CC = x["scores"][n] if f.pair is None else dot(q_CK, k_CK, low, (1, 1)) * f.pair
-            o_CV = across(plan, f.into, q_CK, state_KV) + dot(scores_CC, write_CV, low)
+            o_CV = across(plan, f.into, q_CK, state_KV, dot) + fine_dot(scores_CC, write_CV, low)
             y["o"][rows, :] = (plan.scale * o_CV).astype(y["o"].dtype)
         return kept(f.survive, state_KV) + outer(plan, f.leave, k_CK, write_CV)
 

@@ -2,7 +2,7 @@
 
 With S_ij = beta_i k_i . k_j for j before i in the same document, the chunk's writes are (I + S . D)^-1 beta (V - reads), D
 the decays from j to i. A scalar decay splits, D_ij = exp(G_i - G_j), so the inverse of I + S . D is that of I + S times D
-element by element: the kernel takes no gate. Its entries are at most beta in size, for keys of norm up to 1. A vector
+element by element, which is what is stored. Its entries are at most beta in size, for keys of norm up to 1. A vector
 decay stands inside the product k_i . k_j; its kernel gives the decayed scores of the queries too.
 
 Blocks of 16: the diagonal ones are inverted by forward substitution, the others follow block by block,
@@ -18,21 +18,22 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from mlt_kernels.linear_recurrence._pallas_delta_chunk import LEAF, Plan, Refs, dot, grid, iota, masked_exp
+from mlt_kernels.linear_recurrence._pallas_delta_chunk import INVERSE, LEAF, Plan, Refs, dot, grid, iota, masked_exp
+from mlt_kernels.linear_recurrence._pallas_delta_parts import fine_dot, parts
 
 Blocks = dict[tuple[int, int], Array]
 
 
 def solve(plan: Plan, x: dict[str, Array]) -> dict[str, Array]:
-    """`inverse` (B, H, J, C, C) from k, beta, first; with a vector decay also `scores`, from q and the sums of decays."""
-    outputs = {"inverse": (plan.low, "square")}
-    names = ["k", "beta", "first"]
+    """The parts `INVERSE` (B, H, J, C, C) from k, beta, first and sums of decays; with a vector decay also `scores`, from q."""
+    outputs = dict.fromkeys(INVERSE[: 1 if plan.refine else None], (plan.low, "square"))
+    names = ["k", "beta", "first", *(("coarse", "fine") if plan.decay == "scalar" else ())]
     kernel = _scalar_kernel
     if plan.decay == "vector":
         names += ["q", "coarse", "fine"]
-        outputs["scores"] = (plan.low, "square")
+        outputs["scores"] = (jnp.float32, "square")
         if plan.refine:
-            outputs["overlap"] = (plan.low, "square")
+            outputs["overlap"] = (jnp.float32, "square")
         kernel = _vector_kernel
     inputs = {name: x[name] for name in names}
     return plan.tile(functools.partial(kernel, plan=plan), inputs, outputs, heads=plan.H, warps=plan.solve_warps)
@@ -45,17 +46,33 @@ def _scalar_kernel(x: Refs, y: Refs, *, plan: Plan) -> None:
         keys = [x["k"][tokens(a), pl.ds(at, width)] for a in range(N)]
         for a, b in overlap:
             overlap[a, b] += dot(keys[a], keys[b], plan.low, (1, 1))
-    _write_inverse(x, y, overlap, N)
+    _write_inverse(x, y, overlap, N, scalar_decays(x, N) if plan.decay == "scalar" else None)
 
 
-def _write_inverse(x: Refs, y: Refs, overlap: Blocks, N: int) -> None:
-    """Stores the inverse made of k_i . k_j, decayed or not."""
+def scalar_decays(x: Refs, N: int) -> Blocks:
+    """Decays from key to query, any number from 0 to 1 where a document border lies between."""
+    found: Blocks = {}
+    for a in range(N):
+        for b in range(a + 1):
+            coarse, fine = (x[name][0, tokens(a)][:, None] - x[name][0, tokens(b)][None, :] for name in ("coarse", "fine"))
+            found[a, b] = jnp.exp(jnp.minimum(coarse + fine, 0.0))
+    return found
+
+
+def _write_inverse(x: Refs, y: Refs, overlap: Blocks, N: int, decays: Blocks | None = None) -> None:
+    """Stores the inverse made of k_i . k_j, decayed or not, times the decays if there are any."""
     strict: Blocks = {}
     for a, b in overlap:
         beta = x["beta"][0, tokens(a)][:, None]
         mask = block_meet(x["first"][tokens(a)], a, b) & (LEAF * b + grid(LEAF, 1) < LEAF * a + grid(LEAF, 0))
         strict[a, b] = jnp.where(mask, overlap[a, b] * beta, 0.0)
-    store_blocks(y["inverse"], _unit_inverse(strict, N), N)
+    inverse = _unit_inverse(strict, N)
+    if decays is not None:
+        inverse = {at: block * decays[at] for at, block in inverse.items()}
+    names = [name for name in INVERSE if name in y]
+    split = {at: parts(block, y["inverse"].dtype, len(names)) for at, block in inverse.items()}
+    for n, name in enumerate(names):
+        store_blocks(y[name], {at: blocks[n] for at, blocks in split.items()}, N)
     if "overlap" in y:
         store_blocks(y["overlap"], strict, N)
 
@@ -121,8 +138,8 @@ def _vector_kernel(x: Refs, y: Refs, *, plan: Plan) -> None:
             for b in range(a):
                 onto_key = decay(read_sums(x, tokens(b), columns), first_token)
                 keys = x["k"][tokens(b), columns] * onto_key
-                scores[a, b] += dot(q * onto_query, keys, plan.low, (1, 1))
-                overlap[a, b] += dot(k * onto_query, keys, plan.low, (1, 1))
+                scores[a, b] += fine_dot(q * onto_query, keys, plan.low, (1, 1))
+                overlap[a, b] += fine_dot(k * onto_query, keys, plan.low, (1, 1))
 
             def key(j: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
                 one = x["k"][LEAF * a + j, columns].astype(jnp.float32)  # noqa: B023

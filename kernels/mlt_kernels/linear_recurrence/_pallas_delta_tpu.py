@@ -16,7 +16,8 @@ from the last chunk to the first. With dO the cotangent of the output and dS' of
     dS = exp(G_end) dS' + scale (exp(G) Q)^T dO - (exp(G) K)^T beta X
 
 and the gradient of M is -X W^T: the inverse itself is never differentiated. Nothing but the inputs is kept between the passes;
-S, T and W live in the backward pass alone, K V / C + C + V numbers a token and head.
+S, T and W live in the backward pass alone, K V / C + C + V numbers a token and head. T and W are float32 beside bfloat16 operands
+too, and so is what sums over tokens take: see `_pallas_delta_parts`.
 
 Letters: B rows, T tokens, J chunks, C tokens of a chunk (i as query, j as key), H value heads, K key dim, V value dim.
 """
@@ -32,16 +33,21 @@ from jax.experimental import pallas as pl
 from mlt_kernels.linear_recurrence import _kernel_inputs as given
 from mlt_kernels.linear_recurrence import _pallas_tools as tools
 from mlt_kernels.linear_recurrence._kernel_inputs import Arrays
+from mlt_kernels.linear_recurrence._pallas_delta_parts import fine_dot
 from mlt_kernels.linear_recurrence._pallas_tools import Refs, Settings
 from mlt_kernels.linear_recurrence._pallas_tpu_tools import (
     Chunk,
     Layout,
+    add_cotangent,
     dot,
     factors,
+    finish,
     gate_tiles,
     heads_first,
+    keep,
     operands,
     row_sums,
+    run_forward,
     start,
 )
 
@@ -111,26 +117,17 @@ def _forward_kernel(refs: Refs, state: Any, *, scale: float, J: int, stride: int
     inverse = unit_inverse(strict)
     right = f.write * (v - f.into * dot(k, entering.astype(low)))
     write = solved(inverse, strict if low == jnp.float32 else None, right)
-    if "states" in refs:
-
-        @pl.when(pl.program_id(2) % stride == 0)
-        def _() -> None:
-            refs["states"][...] = entering.astype(refs["states"].dtype)
-
+    keep(refs, entering, stride)
     if "write" in refs:
         refs["inverse"][...] = inverse
-        refs["write"][...] = write.astype(low)
+        refs["write"][...] = write
     if "o" in refs:
         q = refs["q"][...]
         scores = dot(q, k, (1, 1)) * f.pair
-        o = f.into * dot(q, entering.astype(low)) + dot(scores.astype(low), write.astype(low))
+        o = f.into * dot(q, entering.astype(low)) + fine_dot(scores, write, low)
         refs["o"][...] = (scale * o).astype(v.dtype)
-    state[...] = f.kept * entering + dot(k, (f.out * write).astype(low), (0, 0))
-    if "final" in refs:
-
-        @pl.when(pl.program_id(2) == J - 1)
-        def _() -> None:
-            refs["final"][...] = state[...]
+    state[...] = f.kept * entering + fine_dot(k, f.out * write, low, (0, 0))
+    finish(refs, "final", state, J)
 
 
 def _reverse_kernel(refs: Refs, d_state: Any, *, scale: float, J: int, stride: int, decayed: bool) -> None:
@@ -139,19 +136,19 @@ def _reverse_kernel(refs: Refs, d_state: Any, *, scale: float, J: int, stride: i
     entering, write, inverse, low = refs["entering"][...], refs["write"][...], refs["inverse"][...], refs["k"].dtype
     leaving = d_state[...]
     scores, overlap = dot(q, k, (1, 1)) * f.pair, _below(dot(k, k, (1, 1)) * f.pair)
-    d_write = scale * dot(scores.astype(low), do, (0, 0)) + f.out * dot(k, leaving.astype(low))
+    d_write = scale * fine_dot(scores, do, low, (0, 0)) + f.out * dot(k, leaving.astype(low))
     pull = solved(inverse, f.write * overlap if low == jnp.float32 else None, d_write, transposed=True)
-    pull_low, d_v = pull.astype(low), f.write * pull
+    d_v = f.write * pull
     refs["dv"][...] = d_v.astype(refs["dv"].dtype)
 
     read_q = scale * f.into * dot(do, entering, (1, 1))
-    read_k = f.into * dot(pull_low, entering, (1, 1))
-    left = f.out * dot(write, leaving.astype(low), (1, 1))
-    d_scores = scale * dot(do, write, (1, 1))
-    d_overlap = -dot(pull_low, write, (1, 1))
-    by_query, by_write = (d_scores * f.pair).astype(low), (d_overlap * f.write * _below(f.pair)).astype(low)
-    refs["dq"][...] = (read_q + dot(by_query, k)).astype(refs["dq"].dtype)
-    by_pairs = dot(by_query, q, (0, 0)) + dot(by_write, k) + dot(by_write, k, (0, 0))
+    read_k = f.into * fine_dot(pull, entering, low, (1, 1))
+    left = f.out * fine_dot(write, leaving.astype(low), low, (1, 1))
+    d_scores = scale * fine_dot(do, write, low, (1, 1))
+    d_overlap = -fine_dot(pull, write, low, (1, 1))
+    by_query, by_write = d_scores * f.pair, d_overlap * f.write * _below(f.pair)
+    refs["dq"][...] = (read_q + fine_dot(by_query, k, low)).astype(refs["dq"].dtype)
+    by_pairs = fine_dot(by_query, q, low, (0, 0)) + fine_dot(by_write + by_write.T, k, low)
     refs["dk"][...] = (left - f.write * read_k + by_pairs).astype(refs["dk"].dtype)
     refs["felt"][...] = jnp.zeros_like(refs["felt"])
     refs["felt"][0:1, :] = row_sums(pull * v) - row_sums(k * read_k) + row_sums(d_overlap * overlap)
@@ -165,35 +162,17 @@ def _reverse_kernel(refs: Refs, d_state: Any, *, scale: float, J: int, stride: i
         from_t = dot(weights, (i < t).astype(jnp.float32)) + into
         refs["felt"][1:2, :] = jnp.sum(jnp.where(i >= t, from_t, out), axis=0, keepdims=True) + through
 
-    by_reads = dot(q, (scale * f.into * do).astype(low), (0, 0)) - dot(k, (f.into * d_v).astype(low), (0, 0))
+    by_reads = dot(q, (scale * f.into * do).astype(low), (0, 0)) - fine_dot(k, f.into * d_v, low, (0, 0))
     d_state[...] = f.kept * leaving + by_reads
-    c = J - 1 - pl.program_id(2)
-    if "d_states" in refs:
-
-        @pl.when(c % stride == 0)
-        def _() -> None:
-            d_state[...] += refs["d_states"][...]
-
-    if "d_initial" in refs:
-
-        @pl.when(c == 0)
-        def _() -> None:
-            refs["d_initial"][...] = d_state[...]
+    add_cotangent(refs, d_state, J - 1 - pl.program_id(2), stride)
+    finish(refs, "d_initial", d_state, J)
 
 
 def forward(settings: Settings, arrays: Arrays, segment_ids: Array | None) -> tuple[Array, Array | None, Array | None]:
     documents, place = given.documents(segment_ids, settings.chunk)
     at = Layout(settings, arrays)
-    inputs = operands(settings, arrays, at, gate_tiles(settings, arrays, documents, place))
-    if arrays.state is not None:
-        inputs["state"] = arrays.state, at.state()
-    outputs = {"o": at.output(at.H, at.V, arrays.v.dtype)}
-    if settings.return_final:
-        outputs["final"] = jax.ShapeDtypeStruct((at.B, at.H, at.K, at.V), jnp.float32), at.state()
-    if settings.state_stride:
-        outputs["states"] = at.states(settings.state_stride)
-    found = at.launch(_forward_kernel, inputs, outputs, settings.state_stride or 1)
-    return heads_first(found["o"]), found.get("final"), found.get("states")
+    inputs = operands(arrays, at, gate_tiles(settings, arrays, documents, place))
+    return run_forward(settings, arrays, at, _forward_kernel, inputs)
 
 
 def backward(
@@ -209,17 +188,17 @@ def backward(
     low = arrays.k.dtype
 
     at = Layout(settings, arrays)
-    inputs = operands(settings, arrays, at, gates)
+    inputs = operands(arrays, at, gates)
     del inputs["q"]
     if arrays.state is not None:
         inputs["state"] = arrays.state, at.state()
-    outputs = {"states": at.states(1, low), "inverse": at.square(), "write": at.output(at.H, at.V, low)}
+    outputs = {"states": at.states(1, low), "inverse": at.square(), "write": at.output(at.H, at.V, jnp.float32)}
     kept = at.launch(_forward_kernel, inputs, outputs, 1)
 
     at = Layout(settings, arrays, reverse=True)
     # A query/key head that several value heads read has its gradient summed over them, in float32.
     key_dtype = low if at.Hk == at.H else jnp.float32
-    inputs = operands(settings, arrays, at, gates) | {
+    inputs = operands(arrays, at, gates) | {
         "do": (heads_first(do), at.tokens(at.H, at.V)),
         "entering": (kept["states"], at.states(1)[1]),
         "inverse": (kept["inverse"], at.square()[1]),
@@ -236,7 +215,7 @@ def backward(
         "felt": at.felt(),
     }
     if arrays.state is not None:
-        outputs["d_initial"] = jax.ShapeDtypeStruct((at.B, at.H, at.K, at.V), jnp.float32), at.state()
+        outputs["d_initial"] = at.whole_state()
     kernel = functools.partial(_reverse_kernel, decayed=arrays.g is not None)
     grads = at.launch(kernel, inputs, outputs, settings.state_stride or 1)
 

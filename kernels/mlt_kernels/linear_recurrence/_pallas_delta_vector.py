@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from mlt_kernels.linear_recurrence._pallas_delta_chunk import LEAF, Plan, Refs, count_dot, dot, grid, iota
+from mlt_kernels.linear_recurrence._pallas_delta_chunk import LEAF, Plan, Refs, count_dot, grid, iota
+from mlt_kernels.linear_recurrence._pallas_delta_parts import fine_dot
 from mlt_kernels.linear_recurrence._pallas_delta_solve import block_meet, decay, decay_since, read_sums, tokens
 
 
@@ -65,7 +66,7 @@ def _columns(plan: Plan, x: Refs, c: Array, columns: Any) -> tuple[Array, Array,
         """Of the scores and of the overlaps of query block a and key block b, the second before beta."""
         mask = block_meet(x["first"][tokens(a)], a, b)
         before = LEAF * b + grid(LEAF, 1) < LEAF * a + grid(LEAF, 0)
-        d_scores, d_overlap = (x[name][0, tokens(a), tokens(b)].astype(jnp.float32) for name in ("d_scores", "d_overlap"))
+        d_scores, d_overlap = (x[name][0, tokens(a), tokens(b)] for name in ("d_scores", "d_overlap"))
         return jnp.where(mask, d_scores, 0.0), jnp.where(mask & before, d_overlap, 0.0)
 
     def moved_keys(a: Array, b: Array) -> Array:
@@ -82,7 +83,7 @@ def _columns(plan: Plan, x: Refs, c: Array, columns: Any) -> tuple[Array, Array,
     def from_keys(a: Array, b: Array) -> tuple[Array, Array]:
         d_scores, d_overlap = grads(a, b)
         keys = moved_keys(a, b)
-        return dot(d_scores, keys, low), dot(d_overlap, keys, low)
+        return fine_dot(d_scores, keys, low), fine_dot(d_overlap, keys, low)
 
     def earlier(b: Array, total: tuple[Array, Array]) -> tuple[Array, Array]:
         d_q, d_k = from_keys(c, b)
@@ -95,7 +96,7 @@ def _columns(plan: Plan, x: Refs, c: Array, columns: Any) -> tuple[Array, Array,
         d_k, across = total
         d_scores, d_overlap = grads(a, c)
         queries, keys = moved_queries(a)
-        by_key = dot(d_scores, queries, low, (0, 0)) + dot(d_overlap, keys, low, (0, 0))
+        by_key = fine_dot(d_scores, queries, low, (0, 0)) + fine_dot(d_overlap, keys, low, (0, 0))
 
         def pass_over(b: Array, across: Array) -> Array:
             by_query, by_write = from_keys(a, b)

@@ -9,14 +9,17 @@ back: a decay's gradient is the sum over the pairs, reads and writes that it lie
 Letters: C tokens of a chunk, K key dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mlt_kernels.linear_recurrence._pallas_tpu_tools import ROWS, dot
+from mlt_kernels.linear_recurrence._pallas_tpu_tools import ROWS
+
+Product = Callable[..., Array]
+"""`fine_dot` or `low_dot` of `_pallas_delta_parts`."""
 
 
 class Level(NamedTuple):
@@ -40,20 +43,26 @@ def levels(g: Array) -> list[Level]:
     return found
 
 
-def products(sides: Sequence[Array], k: Array, by: Sequence[Level]) -> list[Array]:
+def products(sides: Sequence[Array], k: Array, by: Sequence[Level], product: Product) -> list[Array]:
     """(C, C) x_i . k_j decayed from j to i, for each x (C, K) of `sides`; 0 unless j < i."""
     C = k.shape[0]
     found = [jnp.zeros((C, C), jnp.float32)] * len(sides)
     for level in by[:-1]:
-        onto_query, keys = jnp.exp(level.before), (k * jnp.exp(level.after)).astype(k.dtype)
+        onto_query, keys = jnp.exp(level.before), k * jnp.exp(level.after)
         here = _pairs(C, level.size)
         for n, x in enumerate(sides):
-            found[n] += jnp.where(here, dot((x * onto_query).astype(k.dtype), keys, (1, 1)), 0.0)
+            found[n] += jnp.where(here, product(x * onto_query, keys, k.dtype, (1, 1)), 0.0)
     return found
 
 
 def gradients(
-    sides: Sequence[Array], d_products: Sequence[Array], k: Array, by: Sequence[Level], d_before: Array, d_after: Array
+    sides: Sequence[Array],
+    d_products: Sequence[Array],
+    k: Array,
+    by: Sequence[Level],
+    d_before: Array,
+    d_after: Array,
+    product: Product,
 ) -> tuple[list[Array], Array, Array]:
     """Gradients of the sides, of k and of the log decays, all (C, K) float32.
 
@@ -72,11 +81,11 @@ def gradients(
         within = place & (2 * size - 1)
         d_before += jnp.where(within == size - 1, left_sum, 0.0) + jnp.where(within == 2 * size - 1, right_sum, 0.0)
         onto_query, onto_key = jnp.exp(level.before), jnp.exp(level.after)
-        keys, here = (k * onto_key).astype(low), _pairs(C, size)
+        keys, here = k * onto_key, _pairs(C, size)
         for n, (x, d_product) in enumerate(zip(sides, d_products, strict=True)):
-            d = jnp.where(here, d_product, 0.0).astype(low)
-            of_x = onto_query * dot(d, keys)
-            of_k = onto_key * dot(d, (x * onto_query).astype(low), (0, 0))
+            d = jnp.where(here, d_product, 0.0)
+            of_x = onto_query * product(d, keys, low)
+            of_k = onto_key * product(d, x * onto_query, low, (0, 0))
             d_sides[n] += of_x
             d_k += of_k
             d_before += x * of_x

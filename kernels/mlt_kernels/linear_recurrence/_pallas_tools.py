@@ -1,4 +1,4 @@
-"""Parts of the add-rule kernels that do not know the rule: precision of products, places of documents, block sizes.
+"""Parts of the Pallas-Triton kernels of the add rule: products, block sizes, layout of arrays, launches. Walks: `_pallas_walk`.
 
 Letters: B rows, T tokens, J chunks, C tokens of a chunk, H value heads, K key dim, V value dim.
 """
@@ -6,20 +6,16 @@ Letters: B rows, T tokens, J chunks, C tokens of a chunk, H value heads, K key d
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from mlt_kernels import pallas
-from mlt_kernels.linear_recurrence._kernel_inputs import HIGHEST, Arrays, Documents, decay_sums
+from mlt_kernels import pallas, tuned
+from mlt_kernels.linear_recurrence._kernel_inputs import HIGHEST, OF_VALUES, Arrays, Documents, decay_sums
 
-ANCHOR = 16
-"""Chunks between two states that the forward sweep of a backward pass leaves to the backward sweep."""
-OF_VALUES = ("forward", "values")
-"""Kernels whose programs own a slab of V and all of K; `queries` and `keys` own a slab of K and all of V."""
 TOKEN_PARALLEL = ("pairs", "inner")
 """Kernels of vector decays whose programs own a chunk, with all of K and V."""
 
@@ -43,6 +39,18 @@ def full_dot(a: Array, b: Array) -> Array:
     return jax.lax.dot(a, b, precision=preset, preferred_element_type=jnp.float32)
 
 
+def rows(x: Array, *by: Array | None) -> Array:
+    """x (C, D) as float32 with its rows times the factors; x itself where there is none."""
+    given = [f for f in by if f is not None]
+    return x if not given else x.astype(jnp.float32) * functools.reduce(jnp.multiply, given)[:, None]
+
+
+def update(state: Array, factor: Array | None, left: Array, right: Array) -> Array:
+    """factor state + left^T right."""
+    added = dot(left, right, (0, 0))
+    return added + (state if factor is None else factor * state)
+
+
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """Sizes of one kernel: tokens of a chunk, width of a program's slab of the state, warps and pipeline stages."""
@@ -53,22 +61,20 @@ class Blocks:
     stages: int
 
 
-INTERPRETER = "interpreter"
-
-
 def blocks(kernel: str, K: int, V: int, item_bytes: int, *, vector: bool) -> Blocks:
-    """Block sizes of `forward`, `queries`, `keys`, `values` and, with vector decays, the token-parallel `pairs` and `inner`.
-
-    One choice serves every GPU until one is measured: registers and spills for sm_90a are in kernels/reports/registers.md.
+    """Block sizes of `forward`, `queries`, `keys`, `values` and, with vector decays, the token-parallel `pairs` and `inner`:
+    the rule's, or those measured on the device.
     """
-    device = INTERPRETER if pallas.interpreting() else pallas.device_kind()
-    return _blocks(kernel, K, V, item_bytes, vector, device)
-
-
-@functools.cache
-def _blocks(kernel: str, K: int, V: int, item_bytes: int, vector: bool, device: str) -> Blocks:
-    if device == INTERPRETER:  # Small, so that small tests cross every kind of border.
+    if pallas.interpreting():  # Small, so that small tests cross every kind of border.
         return Blocks(chunk=16, slab=16, warps=4, stages=1)
+    rule = _rule(kernel, K, V, item_bytes, vector)
+    given = {name: getattr(rule, name) for name in ("slab", "warps", "stages")[kernel in TOKEN_PARALLEL :]}
+    shape = {"K": K, "V": V, "item_bytes": item_bytes, "vector": vector}
+    return dataclasses.replace(rule, **tuned.sizes("linear_recurrence", "pallas_gpu", kernel, shape, given))
+
+
+def _rule(kernel: str, K: int, V: int, item_bytes: int, vector: bool) -> Blocks:
+    """One choice that serves every GPU: registers and spills for sm_90a are in kernels/reports/registers.md."""
     if kernel in TOKEN_PARALLEL:
         return Blocks(chunk=16, slab=K, warps=8 if K > 128 else 4 if K > 64 else 2, stages=1)
     across, along = (K, V) if kernel in OF_VALUES else (V, K)
@@ -170,6 +176,14 @@ class Layout:
             return pl.BlockSpec((None, number, None, self.K, self.slab), lambda x, h, b: (b, 0, h, 0, x))
         return pl.BlockSpec((None, number, None, self.slab, self.V), lambda x, h, b: (b, 0, h, x, 0))
 
+    def whole_state(self) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
+        """(B, H, K, V) float32, as an output."""
+        return jax.ShapeDtypeStruct((self.B, self.H, self.K, self.V), jnp.float32), self.state()
+
+    def states_out(self, number: int) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
+        """(B, number, H, K, V) float32, as an output."""
+        return jax.ShapeDtypeStruct((self.B, number, self.H, self.K, self.V), jnp.float32), self.states(number)
+
     def key_sums(self, *length: int) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
         """(B, H, length, K) float32, or (B, H, K)."""
         block = (None, None, *length, self.slab)
@@ -198,86 +212,14 @@ class Layout:
         return inputs
 
 
-def rows(x: Array, *by: Array | None) -> Array:
-    """x (C, D) as float32 with its rows times the factors; x itself where there is none."""
-    given = [f for f in by if f is not None]
-    return x if not given else x.astype(jnp.float32) * functools.reduce(jnp.multiply, given)[:, None]
-
-
-def update(state: Array, factor: Array | None, left: Array, right: Array) -> Array:
-    """factor state + left^T right."""
-    added = dot(left, right, (0, 0))
-    return added + (state if factor is None else factor * state)
-
-
-Step = Callable[[Array, Any], Any]
-
-
-class Groups(NamedTuple):
-    """Chunks told off in groups: `number` of them, and the first chunk of a group and the one after its last."""
-
-    number: int
-    bounds: Callable[[Array], tuple[Array, Array]]
-
-
-def groups(chunks: int, stride: int) -> Groups:
-    """Groups of `stride` chunks, the last one perhaps shorter."""
-    number = -(-chunks // stride)
-    return Groups(number, lambda n: (n * stride, jnp.minimum(n * stride + stride, chunks)))
-
-
-def groups_between_last(chunks: int, stride: int) -> Groups:
-    """Groups that begin with the last chunk of each of `groups`, and before them one that may be empty."""
-    number = -(-chunks // stride)
-
-    def bounds(n: Array) -> tuple[Array, Array]:
-        low = jnp.maximum(jnp.minimum(n * stride, chunks) - 1, 0)
-        # One more at the very end, where nothing is left out.
-        return low, jnp.minimum(n * stride + stride, chunks) - 1 + jax.lax.div(n, jnp.array(number, n.dtype))
-
-    return Groups(number + 1, bounds)
-
-
-def walk(
-    chunks: int,
-    chunk: Step,
-    carry: Any,
-    *,
-    by: Groups | None = None,
-    before: Step | None = None,
-    after: Step | None = None,
-    reverse: bool = False,
-) -> Any:
-    """Takes `carry` through every chunk; through `before` and `after` as it comes to a group (by number) and leaves it."""
-
-    def through(low: Any, high: Any, carry: Any) -> Any:
-        def step(i: Array, carry: Any) -> Any:
-            return chunk(high - 1 - (i - low) if reverse else i, carry)
-
-        return jax.lax.fori_loop(low, high, step, carry)
-
-    if by is None or (before is None and after is None):
-        return through(0, chunks, carry)
-
-    def group(i: Array, carry: Any) -> Any:
-        n = by.number - 1 - i if reverse else i
-        carry = carry if before is None else before(n, carry)
-        carry = through(*by.bounds(n), carry)
-        return carry if after is None else after(n, carry)
-
-    return jax.lax.fori_loop(0, by.number, group, carry)
-
-
-def initial(refs: Refs, name: str, shape: tuple[int, int]) -> Array:
-    return refs[name][...] if name in refs else jnp.zeros(shape, jnp.float32)
-
-
 def operands(arrays: Arrays, at: Layout) -> dict[str, Any]:
+    """q, k and v."""
     keys = at.keys(arrays.q.shape[2])
     return {"q": (arrays.q, keys), "k": (arrays.k, keys), "v": (arrays.v, at.values())}
 
 
 def state_gradients(at: Layout, d_final: Array | None, d_states: Array | None) -> dict[str, Any]:
+    """Cotangents of the states that the caller got."""
     inputs: dict[str, Any] = {} if d_final is None else {"d_final": (d_final, at.state())}
     if d_states is not None:
         inputs["d_states"] = d_states, at.states(d_states.shape[1])
@@ -304,6 +246,26 @@ def sweep(
         outputs=outputs,
         sizes=at.sizes,
     )
+
+
+def forward_outputs(settings: Settings, arrays: Arrays, at: Layout) -> dict[str, Any]:
+    """o and, where they are asked for, the final state and the states that enter every `state_stride`-th chunk."""
+    outputs: dict[str, Any] = {"o": (jax.ShapeDtypeStruct(arrays.v.shape, arrays.v.dtype), at.values())}
+    if settings.return_final:
+        outputs["final"] = at.whole_state()
+    if settings.state_stride:
+        outputs["states"] = at.states_out(-(-at.chunks // settings.state_stride))
+    return outputs
+
+
+def values_outputs(settings: Settings, arrays: Arrays, at: Layout) -> dict[str, Any]:
+    """dv and, where they have gradients, what write strengths feel and the cotangent of the initial state."""
+    outputs: dict[str, Any] = {"dv": (jax.ShapeDtypeStruct(arrays.v.shape, arrays.v.dtype), at.values())}
+    if settings.gated_writes:
+        outputs["du"] = at.partial(at.T)
+    if arrays.state is not None:
+        outputs["d_initial"] = at.whole_state()
+    return outputs
 
 
 def write_gradient(settings: Settings, arrays: Arrays, of_values: dict[str, Array]) -> Array | None:

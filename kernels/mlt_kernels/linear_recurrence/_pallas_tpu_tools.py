@@ -39,12 +39,14 @@ class Chunk(NamedTuple):
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
+    """Product of two tiles over the dims named, accumulated in float32; of float32 tiles in full float32."""
     numbers = (((contract[0],), (contract[1],)), ((), ()))
     precision = given.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=jnp.float32)
 
 
 def factors(tile: Array) -> Chunk:
+    """Decays and write strengths from the chunk's tile (8, C) of `gate_tiles`."""
     C = tile.shape[1]
     columns = tile.T
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (C, C), n) for n in (0, 1))
@@ -86,6 +88,33 @@ def start(refs: Refs, name: str, state: Any) -> None:
         state[...] = refs[name][...] if name in refs else jnp.zeros(state.shape, jnp.float32)
 
 
+def keep(refs: Refs, entering: Array, stride: int) -> None:
+    """Leaves the state that enters every `stride`-th chunk, if the call asks for it."""
+    if "states" in refs:
+
+        @pl.when(pl.program_id(2) % stride == 0)
+        def _() -> None:
+            refs["states"][...] = entering.astype(refs["states"].dtype)
+
+
+def add_cotangent(refs: Refs, d_state: Any, c: Any, stride: int) -> None:
+    """Adds to the scratch `d_state` the cotangent of the state that the caller got in front of chunk c, if it got one."""
+    if "d_states" in refs:
+
+        @pl.when(c % stride == 0)
+        def _() -> None:
+            d_state[...] += refs["d_states"][...]
+
+
+def finish(refs: Refs, name: str, state: Any, J: int) -> None:
+    """Leaves the scratch `state` behind the last step of a row and head, if the call asks for it."""
+    if name in refs:
+
+        @pl.when(pl.program_id(2) == J - 1)
+        def _() -> None:
+            refs[name][...] = state[...]
+
+
 class Layout:
     """Blocks of arrays laid out (B, heads, T, dim); programs are (row, value head, chunk)."""
 
@@ -96,34 +125,47 @@ class Layout:
         self.settings, self.reverse = settings, reverse
 
     def place(self, c: Any) -> Any:
+        """The chunk that step c of the grid takes."""
         return self.J - 1 - c if self.reverse else c
 
     def tokens(self, heads: int, dim: int) -> pl.BlockSpec:
+        """(B, heads, T, dim)."""
         group = self.H // heads
         return pl.BlockSpec((None, None, self.C, dim), lambda b, h, c: (b, h // group, self.place(c), 0))
 
     def tile(self) -> pl.BlockSpec:
+        """(B, H, J, 8, C)."""
         return pl.BlockSpec((None, None, None, ROWS, self.C), lambda b, h, c: (b, h, self.place(c), 0, 0))
 
     def state(self) -> pl.BlockSpec:
+        """(B, H, K, V)."""
         return pl.BlockSpec((None, None, self.K, self.V), lambda b, h, c: (b, h, 0, 0))
 
+    def whole_state(self) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
+        """(B, H, K, V) float32, as an output."""
+        return jax.ShapeDtypeStruct((self.B, self.H, self.K, self.V), jnp.float32), self.state()
+
     def states(self, stride: int, dtype: Any = jnp.float32) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
+        """(B, N, H, K, V): one for every `stride` chunks."""
         shape = jax.ShapeDtypeStruct((self.B, -(-self.J // stride), self.H, self.K, self.V), dtype)
         block = (None, None, None, self.K, self.V)
         return shape, pl.BlockSpec(block, lambda b, h, c: (b, self.place(c) // stride, h, 0, 0))
 
     def felt(self) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
+        """(B, H, J, 8, C) float32: in its rows, numbers of a token and head."""
         return jax.ShapeDtypeStruct((self.B, self.H, self.J, ROWS, self.C), jnp.float32), self.tile()
 
     def square(self) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
+        """(B, H, J, C, C) float32."""
         shape = jax.ShapeDtypeStruct((self.B, self.H, self.J, self.C, self.C), jnp.float32)
         return shape, pl.BlockSpec((None, None, None, self.C, self.C), lambda b, h, c: (b, h, self.place(c), 0, 0))
 
     def output(self, heads: int, dim: int, dtype: Any) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
+        """(B, heads, T, dim), as an output."""
         return jax.ShapeDtypeStruct((self.B, heads, self.T, dim), dtype), self.tokens(heads, dim)
 
     def launch(self, kernel: Callable[..., None], inputs: dict[str, Any], outputs: dict[str, Any], stride: int) -> Any:
+        """Runs a kernel of (refs by name, scratch (K, V) float32, scale, J, stride); its arrays come and go by name."""
         names = [*inputs, *outputs]
 
         def body(*refs: Any) -> None:
@@ -145,12 +187,28 @@ class Layout:
         return dict(zip(outputs, results, strict=True))
 
 
+def run_forward(
+    settings: Settings, arrays: Arrays, at: Layout, kernel: Callable[..., None], inputs: dict[str, Any]
+) -> tuple[Array, Array | None, Array | None]:
+    """o (B, T, H, V), the final state and the states by `state_stride`, of a forward kernel and its operands."""
+    if arrays.state is not None:
+        inputs = inputs | {"state": (arrays.state, at.state())}
+    outputs = {"o": at.output(at.H, at.V, arrays.v.dtype)}
+    if settings.return_final:
+        outputs["final"] = at.whole_state()
+    if settings.state_stride:
+        outputs["states"] = at.states(settings.state_stride)
+    found = at.launch(kernel, inputs, outputs, settings.state_stride or 1)
+    return heads_first(found["o"]), found.get("final"), found.get("states")
+
+
 def heads_first(x: Array) -> Array:
+    """(B, T, heads, dim) to (B, heads, T, dim), or back."""
     return jnp.swapaxes(x, 1, 2)
 
 
 def gate_tiles(settings: Settings, arrays: Arrays, documents: given.Documents | None, place: Array | None) -> Array:
-    """(B, H, J, 8, C)."""
+    """(B, H, J, 8, C): write strengths, sums of log decays if scalar, and documents, one a row."""
     B, T, H, _ = arrays.v.shape
     C = settings.chunk
     zero = jnp.zeros((B, H, T), jnp.float32)
@@ -164,7 +222,8 @@ def gate_tiles(settings: Settings, arrays: Arrays, documents: given.Documents | 
     return jnp.swapaxes(rows.reshape(B, H, ROWS, T // C, C), 2, 3)
 
 
-def operands(settings: Settings, arrays: Arrays, at: Layout, gates: Array) -> dict[str, Any]:
+def operands(arrays: Arrays, at: Layout, gates: Array) -> dict[str, Any]:
+    """Inputs that every kernel has."""
     return {
         "q": (heads_first(arrays.q), at.tokens(at.Hk, at.K)),
         "k": (heads_first(arrays.k), at.tokens(at.Hk, at.K)),

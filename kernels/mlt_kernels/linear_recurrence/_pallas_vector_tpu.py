@@ -20,17 +20,22 @@ from mlt_kernels.linear_recurrence import _kernel_inputs as given
 from mlt_kernels.linear_recurrence import _pallas_levels_tpu as pairs
 from mlt_kernels.linear_recurrence import _pallas_tools as tools
 from mlt_kernels.linear_recurrence._kernel_inputs import Arrays
+from mlt_kernels.linear_recurrence._pallas_delta_parts import fine_dot, low_dot
 from mlt_kernels.linear_recurrence._pallas_delta_tpu import solved, unit_inverse
 from mlt_kernels.linear_recurrence._pallas_tools import Refs, Settings
 from mlt_kernels.linear_recurrence._pallas_tpu_tools import (
     ROWS,
     Layout,
+    add_cotangent,
     dot,
     factors,
+    finish,
     gate_tiles,
     heads_first,
+    keep,
     operands,
     row_sums,
+    run_forward,
     start,
 )
 
@@ -69,50 +74,42 @@ def _forward_kernel(refs: Refs, state: Any, *, scale: float, J: int, stride: int
     start(refs, "state", state)
     k, v, f = refs["k"][...], refs["v"][...], _chunk(refs)
     entering, low = state[...], refs["k"].dtype
+    product = fine_dot if delta else low_dot
     sides = ([refs["q"][...]] if "o" in refs else []) + ([k] if delta else [])
-    decayed = pairs.products(sides, k, f.levels)
+    decayed = pairs.products(sides, k, f.levels, product)
     write = f.write * v
     if delta:
         strict = f.write * decayed[-1] * f.meet
         inverse = unit_inverse(strict)
-        write -= f.write * dot((k * f.into).astype(low), entering.astype(low))
+        write -= f.write * product(k * f.into, entering.astype(low), low)
         write = solved(inverse, strict if low == jnp.float32 else None, write)
         if "inverse" in refs:
             refs["inverse"][...] = inverse
-    if "states" in refs:
-
-        @pl.when(pl.program_id(2) % stride == 0)
-        def _() -> None:
-            refs["states"][...] = entering.astype(refs["states"].dtype)
-
+    keep(refs, entering, stride)
     if "write" in refs:
-        refs["write"][...] = write.astype(low)
+        refs["write"][...] = write.astype(refs["write"].dtype)
     if "o" in refs:
         q = refs["q"][...]
-        inside = dot(_scores(q, k, f, decayed[0]).astype(low), write.astype(low))
+        inside = product(_scores(q, k, f, decayed[0]), write, low)
         o = dot((q * f.into).astype(low), entering.astype(low)) + inside
         refs["o"][...] = (scale * o).astype(v.dtype)
-    state[...] = _rows_times(f.kept, entering) + dot((k * f.out).astype(low), write.astype(low), (0, 0))
-    if "final" in refs:
-
-        @pl.when(pl.program_id(2) == J - 1)
-        def _() -> None:
-            refs["final"][...] = state[...]
+    state[...] = _rows_times(f.kept, entering) + product(k * f.out, write, low, (0, 0))
+    finish(refs, "final", state, J)
 
 
 def _reverse_kernel(refs: Refs, d_state: Any, *, scale: float, J: int, stride: int, delta: bool) -> None:
     start(refs, "d_final", d_state)
     q, k, v, do, f = refs["q"][...], refs["k"][...], refs["v"][...], refs["do"][...], _chunk(refs)
     entering, write, low = refs["entering"][...], refs["write"][...], refs["k"].dtype
-    leaving = d_state[...]
+    leaving, product = d_state[...], fine_dot if delta else low_dot
     C = k.shape[0]
     sides = [q, k] if delta else [q]
-    decayed = pairs.products(sides, k, f.levels)
+    decayed = pairs.products(sides, k, f.levels, product)
     scores = _scores(q, k, f, decayed[0])
-    d_write = scale * dot(scores.astype(low), do, (0, 0)) + dot((k * f.out).astype(low), leaving.astype(low))
+    d_write = scale * product(scores, do, low, (0, 0)) + product(k * f.out, leaving.astype(low), low)
     read_q = scale * f.into * dot(do, entering, (1, 1))
-    left = f.out * dot(write, leaving.astype(low), (1, 1))
-    d_scores = scale * dot(do, write, (1, 1)) * f.meet
+    left = f.out * product(write, leaving.astype(low), low, (1, 1))
+    d_scores = scale * product(do, write, low, (1, 1)) * f.meet
     d_products, d_before = [d_scores], q * read_q
     d_state[...] = _rows_times(f.kept, leaving) + dot((q * f.into).astype(low), (scale * do).astype(low), (0, 0))
     refs["felt"][...] = jnp.zeros_like(refs["felt"])
@@ -121,60 +118,41 @@ def _reverse_kernel(refs: Refs, d_state: Any, *, scale: float, J: int, stride: i
         overlap = decayed[1] * f.meet
         strict = f.write * overlap if low == jnp.float32 else None
         pull = solved(refs["inverse"][...], strict, d_write, transposed=True)
-        read_k = f.into * dot(pull.astype(low), entering, (1, 1))
-        d_overlap = -dot(pull.astype(low), write, (1, 1))
+        read_k = f.into * product(pull, entering, low, (1, 1))
+        d_overlap = -product(pull, write, low, (1, 1))
         d_products.append(d_overlap * f.write * f.meet)
         d_before -= k * (f.write * read_k)
         d_k -= f.write * read_k
         refs["felt"][0:1, :] = row_sums(d_overlap * overlap) - row_sums(k * read_k)
-        d_state[...] -= dot((k * f.into).astype(low), (f.write * pull).astype(low), (0, 0))
+        d_state[...] -= product(k * f.into, f.write * pull, low, (0, 0))
     refs["dv"][...] = (f.write * pull).astype(refs["dv"].dtype)
     refs["felt"][0:1, :] += row_sums(pull * v)
 
     survived = f.kept * row_sums(entering.astype(jnp.float32) * leaving)
     last = jax.lax.broadcasted_iota(jnp.int32, (C, 1), 0) == C - 1
     d_before += jnp.where(last, survived, 0.0)
-    d_sides, of_pairs, d_g = pairs.gradients(sides, d_products, k, f.levels, d_before, k * left)
+    d_sides, of_pairs, d_g = pairs.gradients(sides, d_products, k, f.levels, d_before, k * left, product)
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (C, C), n) for n in (0, 1))
     itself = jnp.sum(jnp.where(i == j, d_scores, 0.0), axis=1, keepdims=True)
     d_k += of_pairs + itself * q
     refs["dq"][...] = (read_q + d_sides[0] + itself * k).astype(refs["dq"].dtype)
     refs["dk"][...] = sum(d_sides[1:], d_k).astype(refs["dk"].dtype)
     refs["dg"][...] = d_g
-    c = J - 1 - pl.program_id(2)
-    if "d_states" in refs:
-
-        @pl.when(c % stride == 0)
-        def _() -> None:
-            d_state[...] += refs["d_states"][...]
-
-    if "d_initial" in refs:
-
-        @pl.when(c == 0)
-        def _() -> None:
-            refs["d_initial"][...] = d_state[...]
+    add_cotangent(refs, d_state, J - 1 - pl.program_id(2), stride)
+    finish(refs, "d_initial", d_state, J)
 
 
 def _inputs(settings: Settings, arrays: Arrays, at: Layout, segment_ids: Array | None) -> dict[str, Any]:
     assert arrays.g is not None
     documents, place = given.documents(segment_ids, settings.chunk)
-    inputs = operands(settings, arrays, at, gate_tiles(settings, arrays._replace(g=None), documents, place))
+    inputs = operands(arrays, at, gate_tiles(settings, arrays._replace(g=None), documents, place))
     return inputs | {"g": (heads_first(arrays.g), at.tokens(at.H, at.K))}
 
 
 def forward(settings: Settings, arrays: Arrays, segment_ids: Array | None) -> tuple[Array, Array | None, Array | None]:
     at = Layout(settings, arrays)
-    inputs = _inputs(settings, arrays, at, segment_ids)
-    if arrays.state is not None:
-        inputs["state"] = arrays.state, at.state()
-    outputs = {"o": at.output(at.H, at.V, arrays.v.dtype)}
-    if settings.return_final:
-        outputs["final"] = jax.ShapeDtypeStruct((at.B, at.H, at.K, at.V), jnp.float32), at.state()
-    if settings.state_stride:
-        outputs["states"] = at.states(settings.state_stride)
     kernel = functools.partial(_forward_kernel, delta=settings.rule == "delta")
-    found = at.launch(kernel, inputs, outputs, settings.state_stride or 1)
-    return heads_first(found["o"]), found.get("final"), found.get("states")
+    return run_forward(settings, arrays, at, kernel, _inputs(settings, arrays, at, segment_ids))
 
 
 def backward(
@@ -191,7 +169,7 @@ def backward(
     del inputs["q"]
     if arrays.state is not None:
         inputs["state"] = arrays.state, at.state()
-    outputs = {"states": at.states(1, low), "write": at.output(at.H, at.V, low)}
+    outputs = {"states": at.states(1, low), "write": at.output(at.H, at.V, jnp.float32 if delta else low)}
     if delta:
         outputs["inverse"] = at.square()
     kept = at.launch(functools.partial(_forward_kernel, delta=delta), inputs, outputs, 1)
@@ -219,7 +197,7 @@ def backward(
         "felt": at.felt(),
     }
     if arrays.state is not None:
-        outputs["d_initial"] = jax.ShapeDtypeStruct((at.B, at.H, at.K, at.V), jnp.float32), at.state()
+        outputs["d_initial"] = at.whole_state()
     grads = at.launch(functools.partial(_reverse_kernel, delta=delta), inputs, outputs, stride)
     d_write = grads["felt"][:, :, :, 0].reshape(1, at.B, at.H, at.T)
     return Arrays(

@@ -19,17 +19,20 @@ from jax import Array
 
 from mlt_kernels import triton_calls
 from mlt_kernels.linear_recurrence import _kernel_inputs as given
-from mlt_kernels.linear_recurrence._kernel_inputs import Arrays, decay_gradient
-from mlt_kernels.linear_recurrence._triton_tools import OF_VALUES, Settings, Sizes, power_of_two, slabs_of
+from mlt_kernels.linear_recurrence._kernel_inputs import OF_VALUES, Arrays, decay_gradient
+from mlt_kernels.linear_recurrence._triton_call import Call
+from mlt_kernels.linear_recurrence._triton_tools import Settings, Sizes, measured, power_of_two, slabs_of
 
-KERNELS = "linear_recurrence._triton_kernels"
+KERNELS, EVERY = "add_scalar_kernels:", "HK K V KEYS VALUES SCALE HAS_G HAS_U HAS_DOCS"
+"""The kernels' module, and the options of every one of them."""
 
 
 def sizes(kernel: str, K: int, V: int, item_bytes: int) -> Sizes:
-    """One choice for every GPU until one is measured: registers and spills are in kernels/reports/triton_registers.md."""
+    """The rule serves every GPU: registers and spills are in kernels/reports/triton_registers.md."""
     whole_K, whole_V = power_of_two(K), power_of_two(V)
     along, across = (whole_V, whole_K) if kernel in OF_VALUES else (whole_K, whole_V)
-    if triton_calls.interpreting():
+    interpreting = triton_calls.interpreting()
+    if interpreting:
         slab, warps, stages = 16, 4, 1
     elif item_bytes == 4:
         slab, warps, stages = min(along, 32), 4 if across <= 128 else 8, 1
@@ -39,134 +42,76 @@ def sizes(kernel: str, K: int, V: int, item_bytes: int) -> Sizes:
         slab, warps, stages = min(along, 32), 4, 3
     else:
         slab, warps, stages = min(along, 64), 8, 3
-    return Sizes(whole_K, slab, warps, stages) if kernel in OF_VALUES else Sizes(slab, whole_V, warps, stages)
+    rule = Sizes(whole_K, slab, warps, stages) if kernel in OF_VALUES else Sizes(slab, whole_V, warps, stages)
+    return rule if interpreting else measured(kernel, K, V, item_bytes, rule, vector=False)
+
+
+class ScalarCall(Call):
+    """The kernels of one call, with its sums of decays, made in XLA."""
+
+    def __init__(self, settings: Settings, arrays: Arrays, segment_ids: Array | None):
+        super().__init__(settings, arrays, segment_ids)
+        self.sums: Any = (None, None) if arrays.g is None else given.decay_sums(arrays.g, self.place, self.C)
+
+    def at(self, kernel: str) -> Sizes:
+        return sizes(kernel, self.K, self.V, self.low.itemsize)
+
+    def slabs(self, kernel: str) -> int:
+        return slabs_of(self.at(kernel), kernel, self.K, self.V)
+
+    def run(self, kernel: str, inputs: list[Array | None], outputs: list[jax.ShapeDtypeStruct], **more: Any) -> list[Array]:
+        """Runs a kernel on q, k, v, the gates and `inputs`."""
+        gates = [*self.sums, self.u, *self.borders]
+        return self.launch(KERNELS + kernel, EVERY, [*self.arrays[:3], *gates, *inputs], outputs, **more)
+
+    def partial(self, kernel: str, *, wanted: bool) -> jax.ShapeDtypeStruct:
+        """(X, B, H, T): each slab's part of a sum over the dim that the slabs share."""
+        return self.float32(self.slabs(kernel), self.B, self.H, self.T, wanted=wanted)
 
 
 def forward(settings: Settings, arrays: Arrays, segment_ids: Array | None) -> tuple[Array, Array, Array | None]:
-    B, T, H, V = arrays.v.shape
-    K, stride = arrays.q.shape[-1], settings.stride
-    number = -(-(T // settings.chunk) // stride) if stride else 0
-    state = jax.ShapeDtypeStruct((B, H, K, V), jnp.float32)
-    states = jax.ShapeDtypeStruct((B, number, H, K, V) if stride else (1,), jnp.float32)
-    o, final, states = _call(
-        "forward",
-        settings,
-        arrays,
-        segment_ids,
-        [arrays.state],
-        [jax.ShapeDtypeStruct(arrays.v.shape, arrays.v.dtype), state, states],
-        HAS_INITIAL=arrays.state is not None,
-        STRIDE=stride or 0,
-    )
+    call, stride = ScalarCall(settings, arrays, segment_ids), settings.stride
+    outputs = [call.like(arrays.v), call.state(), call.states(stride)]
+    o, final, states = call.run("forward", [arrays.state], outputs, HAS_INITIAL=arrays.state is not None, STRIDE=stride or 0)
     return o, final, states if stride else None
 
 
 def backward(
     settings: Settings, arrays: Arrays, segment_ids: Array | None, do: Array, d_final: Array, d_states: Array | None
 ) -> Arrays:
-    (B, T, H, V), (Hk, K) = arrays.v.shape, arrays.q.shape[2:]
-    stride, decayed, float32 = settings.anchor, arrays.g is not None, jnp.float32
-    number = -(-(T // settings.chunk) // stride)
-    # A query/key head that several value heads read has its gradient summed over them, in float32.
-    d_key = jax.ShapeDtypeStruct((B, T, H, K), arrays.q.dtype if Hk == H else float32)
-
-    def partial(kernel: str, length: int, wanted: bool) -> jax.ShapeDtypeStruct:
-        slabs = slabs_of(sizes(kernel, K, V, arrays.q.dtype.itemsize), kernel, K, V)
-        return jax.ShapeDtypeStruct((slabs, B, H, length) if wanted else (1,), float32)
-
-    states = jax.ShapeDtypeStruct((B, number, H, K, V) if decayed else (1,), float32)
-    dq, reads, pairs, anchors = _call(
+    call, stride, decayed = ScalarCall(settings, arrays, segment_ids), settings.anchor, arrays.g is not None
+    anchors_shape = call.states(stride if decayed else None)
+    dq, reads, pairs, anchors = call.run(
         "queries",
-        settings,
-        arrays,
-        segment_ids,
         [arrays.state, do],
-        [d_key, partial("queries", T, decayed), partial("queries", T, decayed), states],
+        [call.d_key(), *[call.partial("queries", wanted=decayed)] * 2, anchors_shape],
         HAS_INITIAL=arrays.state is not None,
         STRIDE=stride,
     )
-    cotangents = {"HAS_FINAL": True, "HAS_STATES": d_states is not None, "STRIDE": stride}
-    dk, writes, d_anchors = _call(
-        "keys",
-        settings,
-        arrays,
-        segment_ids,
-        [do, d_final, d_states],
-        [d_key, partial("keys", T, decayed), states],
-        **cotangents,
-    )
-    dv, du, d_initial = _call(
-        "values",
-        settings,
-        arrays,
-        segment_ids,
-        [do, d_final, d_states],
-        [
-            jax.ShapeDtypeStruct(arrays.v.shape, arrays.v.dtype),
-            partial("values", T, settings.gated),
-            jax.ShapeDtypeStruct((B, H, K, V), float32),
-        ],
-        GATED=settings.gated,
-        **cotangents,
-    )
+    cotangents: dict[str, Any] = {"HAS_STATES": d_states is not None, "STRIDE": stride}
+    outputs = [call.d_key(), call.partial("keys", wanted=decayed), anchors_shape]
+    dk, writes, d_anchors = call.run("keys", [do, d_final, d_states], outputs, **cotangents)
+    outputs = [call.like(arrays.v), call.partial("values", wanted=settings.gated), call.state()]
+    dv, du, d_initial = call.run("values", [do, d_final, d_states], outputs, GATED=settings.gated, **cotangents)
     d_g = None
-    if arrays.g is not None:
-        documents, place = given.documents(segment_ids, settings.chunk)
-        passed = _passed(given.decay_sums(arrays.g, place, settings.chunk), documents, settings.chunk, stride)
+    if decayed:
+        passed = _passed(call, stride)
         through = {"writes": writes, "through": (passed * jnp.sum(anchors * d_anchors, axis=(3, 4)).swapaxes(1, 2))[None]}
-        d_g = decay_gradient({"pairs": pairs, "reads": reads}, through, documents, settings.chunk, stride)
-    d_u = None if arrays.u is None else jnp.zeros_like(arrays.u)
+        d_g = decay_gradient({"pairs": pairs, "reads": reads}, through, call.documents, call.C, stride)
     return Arrays(
         q=given.by_key_head(dq, arrays.q),
         k=given.by_key_head(dk, arrays.k),
         v=dv,
         g=d_g,
-        u=jnp.swapaxes(jnp.sum(du, axis=0), 1, 2) if settings.gated else d_u,
+        u=call.write_gradient(du),
         state=None if arrays.state is None else d_initial,
     )
 
 
-def _passed(sums: tuple[Array, Array], documents: given.Documents | None, C: int, stride: int) -> Array:
+def _passed(call: ScalarCall, stride: int) -> Array:
     """(B, H, N): what is left of the state that enters the last of every `stride` chunks when it leaves it."""
-    J = sums[0].shape[2] // C
-    last = np.minimum(np.arange(stride, J + stride, stride), J) - 1
-    passed = jnp.exp(sums[0][..., last * C + C - 1] + sums[1][..., last * C + C - 1])
-    return passed if documents is None else jnp.where(documents.first_end_BJ[:, None, last] < 0, passed, 0.0)
-
-
-def _call(
-    kernel: str,
-    settings: Settings,
-    arrays: Arrays,
-    segment_ids: Array | None,
-    inputs: list[Array | None],
-    outputs: list[jax.ShapeDtypeStruct],
-    **options: Any,
-) -> list[Array]:
-    (B, T, H, V), (HK, K) = arrays.v.shape, arrays.q.shape[2:]
-    at = sizes(kernel, K, V, arrays.q.dtype.itemsize)
-    documents, place = given.documents(segment_ids, settings.chunk)
-    sums = (None, None) if arrays.g is None else given.decay_sums(arrays.g, place, settings.chunk)
-    u = None if arrays.u is None else jnp.swapaxes(arrays.u, 1, 2)
-    gates = [*sums, u, *((None, None) if documents is None else documents)]
-    nothing = triton_calls.nothing()
-    return triton_calls.call(
-        f"{KERNELS}:{kernel}",
-        [*arrays[:3], *(nothing if x is None else x for x in (*gates, *inputs)), T, T // settings.chunk],
-        outputs,
-        grid=(slabs_of(at, kernel, K, V), H, B),
-        warps=at.warps,
-        stages=at.stages,
-        H=H,
-        HK=HK,
-        K=K,
-        V=V,
-        C=settings.chunk,
-        KEYS=at.keys,
-        VALUES=at.values,
-        SCALE=settings.scale,
-        HAS_G=arrays.g is not None,
-        HAS_U=arrays.u is not None,
-        HAS_DOCS=documents is not None,
-        **options,
-    )
+    coarse, fine = call.sums
+    last = np.minimum(np.arange(stride, call.J + stride, stride), call.J) - 1
+    end = last * call.C + call.C - 1
+    passed = jnp.exp(coarse[..., end] + fine[..., end])
+    return passed if call.documents is None else jnp.where(call.documents.first_end_BJ[:, None, last] < 0, passed, 0.0)

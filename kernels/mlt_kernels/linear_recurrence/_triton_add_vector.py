@@ -22,19 +22,21 @@ from jax import Array
 
 from mlt_kernels import triton_calls
 from mlt_kernels.linear_recurrence import _kernel_inputs as given
-from mlt_kernels.linear_recurrence._kernel_inputs import Arrays
-from mlt_kernels.linear_recurrence._triton_tools import OF_VALUES, Settings, Sizes, power_of_two, slabs_of
+from mlt_kernels.linear_recurrence._kernel_inputs import OF_VALUES, Arrays
+from mlt_kernels.linear_recurrence._triton_call import Call
+from mlt_kernels.linear_recurrence._triton_tools import Settings, Sizes, measured, power_of_two, slabs_of
 
-KERNELS = "linear_recurrence._triton_vector_kernels"
+SUMS, KERNELS = "levels:sums", "add_vector_kernels:"
 TOKEN_PARALLEL = ("sums", "prepare", "inner")
 """Kernels whose programs take one chunk."""
 
 
 def sizes(kernel: str, K: int, V: int, item_bytes: int) -> Sizes:
-    """One choice for every GPU until one is measured: registers and spills are in kernels/reports/triton_registers.md."""
+    """The rule serves every GPU: registers and spills are in kernels/reports/triton_registers.md."""
     whole_K, whole_V = power_of_two(K), power_of_two(V)
     along, across = (whole_V, whole_K) if kernel in OF_VALUES else (whole_K, whole_V)
-    if triton_calls.interpreting():
+    interpreting = triton_calls.interpreting()
+    if interpreting:
         slab, warps, stages = 16, 4, 1
     elif kernel in TOKEN_PARALLEL:
         slab, warps, stages = min(whole_K, 32 if kernel == "inner" else 64), 8, 1
@@ -44,7 +46,8 @@ def sizes(kernel: str, K: int, V: int, item_bytes: int) -> Sizes:
         slab, warps, stages = min(along, 64), 8, 2
     else:  # Products need 64 keys or tokens of one tile for `wgmma`, and `keys` has the most in registers.
         slab, warps, stages = min(along, 32 if kernel in OF_VALUES else 64), 8, 1 if kernel == "keys" else 2
-    return Sizes(whole_K, slab, warps, stages) if kernel in OF_VALUES else Sizes(slab, whole_V, warps, stages)
+    rule = Sizes(whole_K, slab, warps, stages) if kernel in OF_VALUES else Sizes(slab, whole_V, warps, stages)
+    return rule if interpreting else measured(kernel, K, V, item_bytes, rule, vector=True)
 
 
 class Prepared(NamedTuple):
@@ -55,76 +58,44 @@ class Prepared(NamedTuple):
     kept: Array  # (B, J, H, K) float32: what is left of the state that entered a chunk
 
 
-class Call:
-    """The kernels of one call with what they have in common."""
+class VectorCall(Call):
+    """The kernels of one call, with its sums of decays."""
 
     def __init__(self, settings: Settings, arrays: Arrays, segment_ids: Array | None):
-        self.settings, self.arrays, self.chunk = settings, arrays, settings.chunk
-        (self.B, self.T, self.H, self.V), self.K = arrays.v.shape, arrays.q.shape[3]
-        self.chunks, self.low = self.T // self.chunk, arrays.q.dtype
-        self.documents, place = given.documents(segment_ids, self.chunk)
-        self.borders = (None, None) if self.documents is None else self.documents
-        self.u = None if arrays.u is None else jnp.swapaxes(arrays.u, 1, 2)
-        g_BTHK = jax.ShapeDtypeStruct((self.B, self.T, self.H, self.K), jnp.float32)
-        self.sums = self.run("sums", [arrays.g, place, self.T], [g_BTHK, g_BTHK], GRID=given.GRID)
+        super().__init__(settings, arrays, segment_ids)
+        more: dict[str, Any] = {"slabs": self.J * self.slabs("sums"), "chunks": False, "GRID": given.GRID}
+        self.sums = self.launch(SUMS, "K KEYS HAS_DOCS", [arrays.g, self.place], [self.of_keys(jnp.float32)] * 2, **more)
+
+    def at(self, kernel: str) -> Sizes:
+        return sizes(kernel, self.K, self.V, self.low.itemsize)
+
+    def slabs(self, kernel: str) -> int:
+        return slabs_of(self.at(kernel), kernel, self.K, self.V)
 
     def prepare(self) -> tuple[Array, Prepared]:
-        """Scores (B, H, T, C), 0 where tokens do not meet, and the rest."""
-        by_key = self.of_keys(self.low)
-        scores = jax.ShapeDtypeStruct((self.B, self.H, self.T, self.chunk), self.low)
-        inputs = [*self.arrays[:2], *self.sums, *self.borders, self.T, self.chunks]
-        scores, *rest = self.run("prepare", inputs, [scores, by_key, by_key, self.of_keys_a_chunk()])
+        """Scores (B, H, J, C, C), 0 where tokens do not meet, and the rest."""
+        inputs = [*self.arrays[:2], *self.sums, *self.borders]
+        outputs = [self.squares(self.low), self.of_keys(), self.of_keys(), self.of_keys_a_chunk()]
+        options = "HK K KEYS HAS_DOCS"
+        scores, *rest = self.launch(KERNELS + "prepare", options, inputs, outputs, slabs=self.J, **self.levels)
         return scores, Prepared(*rest)
 
-    def of_keys(self, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.B, self.T, self.H, self.K), dtype)
+    def walk(self, kernel: str, inputs: list[Any], outputs: list[jax.ShapeDtypeStruct], **more: Any) -> list[Array]:
+        """Runs a kernel that walks over the chunks."""
+        return self.launch(KERNELS + kernel, "K V KEYS VALUES SCALE HAS_U", inputs, outputs, **more)
 
     def of_keys_a_chunk(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.B, self.chunks, self.H, self.K), jnp.float32)
-
-    def state(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.B, self.H, self.K, self.V), jnp.float32)
-
-    def states(self, stride: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.B, -(-self.chunks // stride), self.H, self.K, self.V), jnp.float32)
-
-    def run(self, kernel: str, inputs: list[Any], outputs: list[jax.ShapeDtypeStruct], **options: Any) -> list[Array]:
-        """Runs a kernel with those of its options that follow from the call."""
-        at = sizes(kernel, self.K, self.V, self.low.itemsize)
-        slabs = slabs_of(at, kernel, self.K, self.V)
-        if kernel in TOKEN_PARALLEL:
-            slabs = self.chunks * (1 if kernel == "prepare" else slabs)
-            options |= {"HAS_DOCS": self.documents is not None}
-        if kernel in ("prepare", "inner"):
-            options |= {"HK": self.arrays.q.shape[2], "LEVELS": self.chunk.bit_length() - 1}
-        if kernel not in ("sums", "prepare"):
-            options |= {"V": self.V, "VALUES": at.values, "SCALE": self.settings.scale, "HAS_U": self.u is not None}
-        return triton_calls.call(
-            f"{KERNELS}:{kernel}",
-            [triton_calls.nothing() if x is None else x for x in inputs],
-            outputs,
-            grid=(slabs, self.H, self.B),
-            warps=at.warps,
-            stages=at.stages,
-            H=self.H,
-            K=self.K,
-            C=self.chunk,
-            KEYS=at.keys,
-            **options,
-        )
+        """(B, J, H, K) float32."""
+        return self.float32(self.B, self.J, self.H, self.K)
 
 
 def forward(settings: Settings, arrays: Arrays, segment_ids: Array | None) -> tuple[Array, Array, Array | None]:
-    call, stride = Call(settings, arrays, segment_ids), settings.stride
+    call, stride = VectorCall(settings, arrays, segment_ids), settings.stride
     scores, prepared = call.prepare()
-    o, final, states = call.run(
+    o, final, states = call.walk(
         "forward",
-        [scores, *prepared, arrays.v, call.u, arrays.state, call.T, call.chunks],
-        [
-            jax.ShapeDtypeStruct(arrays.v.shape, arrays.v.dtype),
-            call.state(),
-            call.states(stride) if stride else jax.ShapeDtypeStruct((1,), jnp.float32),
-        ],
+        [scores, *prepared, arrays.v, call.u, arrays.state],
+        [call.like(arrays.v), call.state(), call.states(stride)],
         HAS_INITIAL=arrays.state is not None,
         STRIDE=stride or 0,
     )
@@ -134,51 +105,38 @@ def forward(settings: Settings, arrays: Arrays, segment_ids: Array | None) -> tu
 def backward(
     settings: Settings, arrays: Arrays, segment_ids: Array | None, do: Array, d_final: Array, d_states: Array | None
 ) -> Arrays:
-    call, stride = Call(settings, arrays, segment_ids), settings.anchor
-    B, T, H, J = call.B, call.T, call.H, call.chunks
+    call, stride = VectorCall(settings, arrays, segment_ids), settings.anchor
     scores, prepared = call.prepare()
     written = [*prepared, arrays.v, call.u, do]
-    dq_into, reads, anchors = call.run(
+    dq_into, reads, anchors = call.walk(
         "queries",
-        [*written, arrays.state, T, J],
-        [call.of_keys(call.low), call.of_keys_a_chunk(), call.states(stride)],
+        [*written, arrays.state],
+        [call.of_keys(), call.of_keys_a_chunk(), call.states(stride)],
         HAS_INITIAL=arrays.state is not None,
         STRIDE=stride,
     )
-    cotangents = {"HAS_STATES": d_states is not None, "STRIDE": stride}
-    dk_out, writes, met = call.run(
-        "keys",
-        [*written, anchors, d_final, d_states, T, J],
-        [call.of_keys(call.low), call.of_keys_a_chunk(), jax.ShapeDtypeStruct(anchors.shape[:4], jnp.float32)],
-        **cotangents,
-    )
-    value_slabs = slabs_of(sizes("values", call.K, call.V, call.low.itemsize), "values", call.K, call.V)
-    dv, du, d_initial = call.run(
-        "values",
-        [scores, *written, d_final, d_states, T, J],
-        [
-            jax.ShapeDtypeStruct(arrays.v.shape, arrays.v.dtype),
-            jax.ShapeDtypeStruct((value_slabs, B, H, T) if settings.gated else (1,), jnp.float32),
-            call.state(),
-        ],
-        GATED=settings.gated,
-        **cotangents,
-    )
+    cotangents: dict[str, Any] = {"HAS_STATES": d_states is not None, "STRIDE": stride}
+    outputs = [call.of_keys(), call.of_keys_a_chunk(), call.float32(*anchors.shape[:4])]
+    dk_out, writes, met = call.walk("keys", [*written, anchors, d_final, d_states], outputs, **cotangents)
+    felt = call.float32(call.slabs("values"), call.B, call.H, call.T, wanted=settings.gated)
+    outputs = [call.like(arrays.v), felt, call.state()]
+    inputs = [scores, *written, d_final, d_states]
+    dv, du, d_initial = call.walk("values", inputs, outputs, GATED=settings.gated, **cotangents)
     through = _through(reads, writes, met, prepared.kept, call.documents, stride)
-    # A query/key head that several value heads read has its gradient summed over them, in float32.
-    d_key = call.of_keys(call.low if arrays.q.shape[2] == H else jnp.float32)
-    dq, dk, dg = call.run(
-        "inner",
-        [*arrays[:3], *call.sums, call.u, *call.borders, do, dq_into, dk_out, through, T, J],
-        [d_key, d_key, call.of_keys(jnp.float32)],
+    dq, dk, dg = call.launch(
+        KERNELS + "inner",
+        "HK K V KEYS VALUES SCALE HAS_U HAS_DOCS",
+        [*arrays[:3], *call.sums, call.u, *call.borders, do, dq_into, dk_out, through],
+        [call.d_key(), call.d_key(), call.of_keys(jnp.float32)],
+        slabs=call.J * call.slabs("inner"),
+        **call.levels,
     )
-    d_u = None if arrays.u is None else jnp.zeros_like(arrays.u)
     return Arrays(
         q=given.by_key_head(dq, arrays.q),
         k=given.by_key_head(dk, arrays.k),
         v=dv,
         g=dg,
-        u=jnp.swapaxes(jnp.sum(du, axis=0), 1, 2) if settings.gated else d_u,
+        u=call.write_gradient(du),
         state=None if arrays.state is None else d_initial,
     )
 

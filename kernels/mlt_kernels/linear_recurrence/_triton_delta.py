@@ -3,12 +3,13 @@
 
 Forward: the triangular matrix of every chunk is inverted, all chunks at once; then one walk over the chunks with a slab of V of
 the state in registers, from which only o leaves (and the states that the caller asks for). What is kept for the backward pass
-beside the inputs are the inverses: C numbers a token and head in the dtype of the operands.
+beside the inputs are the inverses: C numbers a token and head, in float32 or three parts of 16 bits.
 
 Backward: always the states that enter the chunks again and all that is written (one more such walk), then a walk backwards with
 the cotangent of the state, then kernels that take one chunk each. States and their cotangents (2 K V / C numbers a token and
 head, in the dtype of the operands) live inside the backward pass only. With T = (I + S)^-1, W = T R what a chunk writes and
-X = T^T dW, the gradient of R is X and that of S is -X W^T: no inverse is differentiated.
+X = T^T dW, the gradient of R is X and that of S is -X W^T: no inverse is differentiated. T, W, X and all that they are
+multiplied with inside a chunk keep float32 or two parts of it, since sums over repeated keys cancel: see `_triton_delta_tools`.
 
 A row is not cut into pieces: with few heads and slabs of V in all, the walks do not fill a card.
 """
@@ -67,7 +68,7 @@ def _gradients(
 ) -> Arrays:
     call = _call(settings, arrays, segment_ids)
     call.prepare()
-    states, write = call.states(1, call.low), call.like(arrays.v)
+    states, write = call.states(1, call.low), call.written()
     _, _, states, write = call.run(inverse, [call.unused(), call.unused(), states, write], OUTPUT=False, STRIDE=1)
     pull, d_states, d_initial = call.reverse(inverse, do, d_final, d_entering)
     grads = call.gradients(do, write, pull, states, d_states)

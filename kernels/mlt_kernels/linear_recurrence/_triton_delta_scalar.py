@@ -1,7 +1,7 @@
 """The delta rule with no decay or one decay a head (DeltaNet, gated delta), in Triton kernels.
 
-`delta_solve` and `delta_run` forward; `delta_run` again, `delta_reverse`, `delta_pairs` and `delta_keys` backward. The inverse
-knows no decay: see `_triton_delta_solve`. Letters: see `_triton_delta_call`.
+`delta_solve` and `delta_run` forward; `delta_run` again, `delta_reverse`, `delta_pairs` and `delta_keys` backward. Letters: see
+`_triton_delta_call`.
 """
 
 from typing import Any
@@ -25,19 +25,19 @@ class ScalarCall(Call):
         self.gates = [*self.sums, self.u, *self.borders]
 
     def solve(self) -> Array:
-        inputs = [self.arrays.k, self.u, self.borders[0]]
-        return self.launch(SOLVE, "HK K KEYS HAS_U HAS_DOCS", inputs, [self.squares()], slabs=self.J)[0]
+        inputs = [self.arrays.k, *self.sums, self.u, self.borders[0]]
+        return self.launch(SOLVE, "HK K KEYS HAS_G HAS_U HAS_DOCS", inputs, [self.parts(self.squares(), 3)], slabs=self.J)[0]
 
     def run(self, inverse: Array, outputs: list[jax.ShapeDtypeStruct], *, OUTPUT: bool, STRIDE: int) -> list[Array]:
         state = self.arrays.state
         inputs = [*self.arrays[:3], *self.gates, inverse, state]
         more: dict[str, Any] = {"HAS_INITIAL": state is not None, "OUTPUT": OUTPUT, "STRIDE": STRIDE}
-        return self.launch(KERNELS + "delta_run", EVERY + " REFINE", inputs, outputs, **more)
+        return self.launch(KERNELS + "delta_run", EVERY, inputs, outputs, **more)
 
     def reverse(self, inverse: Array, do: Array, d_final: Array, d_entering: Array | None) -> list[Array]:
         inputs = [*self.arrays[:2], *self.gates, inverse, do, d_final, d_entering]
         more: dict[str, Any] = {"HAS_STATES": d_entering is not None, "STRIDE": self.settings.stride or 1}
-        return self.launch(KERNELS + "delta_reverse", EVERY + " REFINE", inputs, self.reverse_outputs(), **more)
+        return self.launch(KERNELS + "delta_reverse", EVERY, inputs, self.reverse_outputs(), **more)
 
     def gradients(self, do: Array, write: Array, pull: Array, states: Array, d_states: Array) -> Arrays:
         q, k, v, g, *_ = self.arrays

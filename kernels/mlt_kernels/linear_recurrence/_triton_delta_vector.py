@@ -3,7 +3,8 @@
 Forward: `sums` adds up the log decays of each chunk, `kda_prepare` makes the decayed products inside the chunks and decays q and
 k to the chunks' borders, `delta_invert` inverts, `kda_run` walks. Backward: the first two again, `kda_run`, `kda_reverse`,
 `kda_pairs` and `kda_keys`. Between the kernels lie, beside what `_triton_delta` names, two float32 numbers a decay, three numbers
-a key dim and token, and for each token and head C scores and (float32) C overlaps. Letters: see `_triton_delta_call`.
+a key dim and token, two of them in two parts, and for each token and head C scores in two parts and C float32 overlaps. Letters:
+see `_triton_delta_call`.
 """
 
 from typing import Any
@@ -16,8 +17,8 @@ from mlt_kernels.linear_recurrence import _kernel_inputs as given
 from mlt_kernels.linear_recurrence._kernel_inputs import Arrays
 from mlt_kernels.linear_recurrence._triton_delta_call import Call
 
-SUMS, INVERT, KERNELS = "vector_kernels:sums", "delta_solve:delta_invert", "delta_vector_kernels:"
-WALK = "K V KEYS VALUES SCALE HAS_U REFINE"
+SUMS, INVERT, KERNELS = "levels:sums", "delta_solve:delta_invert", "delta_vector_kernels:"
+WALK = "K V KEYS VALUES SCALE HAS_U"
 
 
 class VectorCall(Call):
@@ -28,13 +29,13 @@ class VectorCall(Call):
         self.sums = self.launch(SUMS, "K KEYS HAS_DOCS", [self.arrays.g, self.place], outputs, **more)
         self.levels: dict[str, Any] = {"LEVELS": self.C.bit_length() - 1}
         kept = self.float32(self.B, self.J, self.H, self.K)
-        outputs = [self.squares(), self.squares(jnp.float32), *[self.of_keys()] * 3, kept]
+        outputs = [self.parts(self.squares()), self.squares(), self.of_keys(), *[self.parts(self.of_keys())] * 2, kept]
         inputs = [*self.arrays[:2], *self.sums, *self.borders]
         self.prepared = self.launch(KERNELS + "kda_prepare", "HK K KEYS HAS_DOCS", inputs, outputs, slabs=self.J, **self.levels)
 
     def solve(self) -> Array:
         inputs = [self.prepared[1], self.u, self.borders[0]]
-        return self.launch(INVERT, "HAS_U HAS_DOCS", inputs, [self.squares()], slabs=self.J)[0]
+        return self.launch(INVERT, "HAS_U HAS_DOCS", inputs, [self.parts(self.squares(), 3)], slabs=self.J)[0]
 
     def run(self, inverse: Array, outputs: list[jax.ShapeDtypeStruct], *, OUTPUT: bool, STRIDE: int) -> list[Array]:
         state = self.arrays.state

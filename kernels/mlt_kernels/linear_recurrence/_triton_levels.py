@@ -5,19 +5,41 @@ its right half and j in its left. From j to the block's middle and from there to
 level one tile, with the queries of right halves and the keys of left halves decayed to their middle, times its own transpose has
 that level's scores in it; and the gradient of the tile is one product with the scores' gradients.
 
-coarse and fine (B, T, H, K): sums of log decays, see `_triton_vector_kernels.sums`; b row, c chunk, h value head, kk key dims.
+coarse, fine (B, T, H, K) float32: see `sums`; first (B, T) and first_end (B, J) int32: see `_kernel_inputs.Documents`. Other
+names of arguments as in `_triton_tiles`.
 """
 
 import triton
 import triton.language as tl
 
-from mlt_kernels.linear_recurrence._triton_kernels import INTERPRETED, _dot
+from mlt_kernels.linear_recurrence._triton_tiles import INTERPRETED, dot, load_tokens, store_tokens
 
 
 @triton.jit
-def _level(q_CK, k_CK, coarse_CK, fine_CK, coarse, fine, half, b, c, h, kk, T, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
-    """Of the blocks of 2 half tokens: whether a token is in the right half; there its query, else its key; and its decay from
-    or to the middle. Where a document border lies between, the decay is any number from 0 to 1: such pairs are masked."""
+def sums(
+    g, place,
+    T,
+    coarse, fine,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, GRID: tl.constexpr, HAS_DOCS: tl.constexpr,
+):  # fmt: skip
+    """A kernel: log decays g (B, T, H, K) summed since the chunk or the document began, as coarse parts, multiples of 1 / GRID
+    whose sums and differences are exact, and the rest. place (B, T): first with padding told as what precedes it. Programs are
+    (chunk and slab of K, value head, row)."""
+    slabs: tl.constexpr = (K + KEYS - 1) // KEYS
+    c, h, b = tl.program_id(0) // slabs, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    kk = tl.program_id(0) % slabs * KEYS + tl.arange(0, KEYS)
+    within = tl.where(visible(place, b, c, T, C, HAS_DOCS), 1.0, 0.0)
+    g_CK = load_tokens(g, b, c, h, kk, T, H, K, C)
+    coarse_CK = tl.floor(g_CK * GRID + 0.5) / GRID
+    store_tokens(coarse, dot(within, coarse_CK), b, c, h, kk, T, H, K, C)
+    store_tokens(fine, dot(within, g_CK - coarse_CK), b, c, h, kk, T, H, K, C)
+
+
+@triton.jit
+def halves(q_CK, k_CK, coarse_CK, fine_CK, coarse, fine, half, b, c, h, kk, T, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
+    """Of the blocks of 2 half tokens: whether a token is in the right half (C, 1); there its query, else its key (C, len(kk));
+    and its decay from or to the middle (C, len(kk)). Where a document border lies between, the decay is any number from 0 to 1:
+    such pairs are masked."""
     place = tl.arange(0, C)
     right = ((place & half) != 0)[:, None]
     middle = (place | (2 * half - 1)) - half  # the left half's last token
@@ -29,7 +51,7 @@ def _level(q_CK, k_CK, coarse_CK, fine_CK, coarse, fine, half, b, c, h, kk, T, H
 
 
 @triton.jit
-def _meet(half, C: tl.constexpr):
+def meets(half, C: tl.constexpr):
     """(C, C): pairs of tokens that meet at this level."""
     place = tl.arange(0, C)
     apart = place[:, None] ^ place[None, :]
@@ -37,45 +59,39 @@ def _meet(half, C: tl.constexpr):
 
 
 @triton.jit
-def _between(mask, felt, EXACT: tl.constexpr):
-    """(C, len(kk)): for each row of the mask, the sum of the rows of felt that it names. Unless EXACT its terms are rounded to
-    TF32 (11 bits), still finer than the 16-bit operands that they were made of."""
+def ahead(half, C: tl.constexpr):
+    """(t, i), (C, C): tokens of the same half, t up to a query i or t after a key i: between i and the middle."""
+    t, i = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    return ((t ^ i) < half) & (((i & half) != 0) == (t <= i))
+
+
+@triton.jit
+def sum_rows(mask, felt, EXACT: tl.constexpr):
+    """(C, len(kk)): for each row of the mask (C, C), the sum of the rows of felt (C, len(kk)) that it names. Unless EXACT its
+    terms are rounded to TF32 (11 bits), still finer than the 16-bit operands that they were made of."""
     mask = tl.where(mask, 1.0, 0.0)
     if INTERPRETED or EXACT:
-        return _dot(mask, felt)
+        return dot(mask, felt)
     return tl.dot(mask, felt, input_precision="tf32")
 
 
 @triton.jit
-def _lower(first, b, c, T, C: tl.constexpr, HAS_DOCS: tl.constexpr):
+def visible(first, b, c, T, C: tl.constexpr, HAS_DOCS: tl.constexpr):
     """(C, C): pairs of a query and a key not after it of one document."""
     place = tl.arange(0, C)
-    lower = place[:, None] >= place[None, :]
+    pairs = place[:, None] >= place[None, :]
     if HAS_DOCS:
-        lower = lower & (tl.load(first + b * T + c * C + place)[:, None] <= place[None, :])
-    return lower
+        pairs = pairs & (tl.load(first + b * T + c * C + place)[:, None] <= place[None, :])
+    return pairs
 
 
 @triton.jit
-def _borders(
-    coarse_CK,
-    fine_CK,
-    coarse,
-    fine,
-    first,
-    first_end,
-    b,
-    c,
-    h,
-    kk,
-    T,
-    J,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    C: tl.constexpr,
-    HAS_DOCS: tl.constexpr,
-):
-    """Decays from the chunk's start to i, from j to its end, and of the state that entered; 0 across a document border."""
+def borders(
+    coarse_CK, fine_CK, coarse, fine, first, first_end, b, c, h, kk, T, J,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, HAS_DOCS: tl.constexpr,
+):  # fmt: skip
+    """Decays from the chunk's start to i and from j to its end (C, len(kk)), and of the state that entered (len(kk),); 0 across a
+    document border."""
     end = ((b * T + c * C + C - 1) * H + h) * K + kk
     coarse_K, fine_K = tl.load(coarse + end, mask=kk < K, other=0.0), tl.load(fine + end, mask=kk < K, other=0.0)
     into, out = coarse_CK + fine_CK, (coarse_K[None, :] - coarse_CK) + (fine_K[None, :] - fine_CK)

@@ -2,10 +2,8 @@
 
 from typing import NamedTuple
 
-ANCHOR = 16
-"""Chunks between two states that are left for the decays' gradients."""
-OF_VALUES = ("forward", "values")
-"""Kernels whose programs own a slab of V and all of K; `queries` and `keys` own a slab of K and all of V."""
+from mlt_kernels import tuned
+from mlt_kernels.linear_recurrence._kernel_inputs import ANCHOR, INTERPRETED_ANCHOR, OF_VALUES
 
 
 class Settings(NamedTuple):
@@ -19,7 +17,8 @@ class Settings(NamedTuple):
 
     @property
     def anchor(self) -> int:
-        return self.stride or (2 if self.interpret else ANCHOR)
+        """Chunks between two states that are left for the decays' gradients; the same where states are returned."""
+        return self.stride or (INTERPRETED_ANCHOR if self.interpret else ANCHOR)
 
 
 class Sizes(NamedTuple):
@@ -29,6 +28,14 @@ class Sizes(NamedTuple):
     values: int
     warps: int
     stages: int
+
+
+def measured(kernel: str, K: int, V: int, item_bytes: int, rule: Sizes, *, vector: bool) -> Sizes:
+    """What was measured on the device in place of the rule's choice, which serves every GPU."""
+    names = tuned.KERNELS["linear_recurrence", "triton_gpu"][kernel].sizes
+    shape = {"K": K, "V": V, "item_bytes": item_bytes, "vector": vector}
+    given = {name: getattr(rule, name) for name in names}
+    return rule._replace(**tuned.sizes("linear_recurrence", "triton_gpu", kernel, shape, given))
 
 
 def power_of_two(dim: int) -> int:

@@ -86,3 +86,16 @@ def arguments(case: Case, *, seed: int = 0, dtype: Any = jnp.float32) -> dict[st
     if case.documents is not None:
         arrays["segment_ids"] = jnp.asarray(segment_ids(seed, B, T, mean_document=case.documents))
     return {**arrays, **case.options}
+
+
+def one_key(decay: str, *, tokens: int = 150, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Arguments of the delta rule that forgive no rounding: one key in every token, beta 2, no decay or decays near 0.
+
+    Every write turns the state around along the key, so writes are twice as large as the state, of alternating signs, and all
+    sums over tokens cancel. One bfloat16 number in the way of them costs several per cent. The key is any: one whose square is a
+    power of two would make the inverse of a chunk exact in bfloat16.
+    """
+    case = Case(B=1, T=tokens, Hk=1, H=2, K=16, V=32, decay=decay, strongest=-0.01, documents=None)
+    given = arguments(case, dtype=dtype)
+    k, beta = given["k"], given["beta"]
+    return given | {"k": jnp.broadcast_to(k[:, :1], k.shape), "beta": jnp.full_like(beta, 2)}

@@ -14,9 +14,13 @@ from jax import Array
 from mlt_kernels import segments
 from mlt_kernels.linear_recurrence import NormalizedState, _decay
 from mlt_kernels.linear_recurrence._blocks import solve
+from mlt_kernels.linear_recurrence._scan import scan_chunks
 from mlt_kernels.linear_recurrence.reference import EMPTY_LOG_SCALE, LARGEST_BOUND
 
 HIGHEST = jax.lax.Precision.HIGHEST
+
+Carry = tuple[Array, ...]
+"""State (Y, K, V) and, normalised, key sum (Y, K) and log scale (Y,)."""
 
 
 def unsupported(**_: Any) -> str | None:
@@ -44,45 +48,35 @@ def run(
     K = q.shape[-1]
     C = min(chunk_size, 1 << (T - 1).bit_length())
     J = -(-T // C)
-    low = jnp.result_type(q, k, v)
     wide = jnp.result_type(jnp.float32, *(x for x in (q, k, v, log_decay, beta) if x is not None))
+    # The delta rule writes what a value has more than was read for it. Where keys repeat, such differences cancel from
+    # token to token, and one operand of 16 bits among them costs several per cent of the result.
+    low = wide if rule == "delta" else jnp.result_type(q, k, v)
     vector = log_decay is not None and log_decay.ndim == 4
-    if vector:
-        q, k = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (q, k))
     R = H // q.shape[2]
     normalized = normalizer != "none"
     floor = 0.0 if normalizer == "mlstm" else EMPTY_LOG_SCALE
 
-    def real(x: Array, padding: float = 0.0) -> Array:
-        """`x` (B, T, ...) with `padding` at padding tokens."""
-        if segment_ids is None:
-            return x
-        return jnp.where((segment_ids != 0).reshape(B, T, *[1] * (x.ndim - 2)), x, padding)
+    def whole(x: Array, **padding: Any) -> Array:
+        """`x` (B, T, ...) up to the end of the last chunk."""
+        return jnp.pad(x, [(0, 0), (0, J * C - T)] + [(0, 0)] * (x.ndim - 2), **padding)
 
-    def chunks(x: Array, **padding: Any) -> Array:
-        """(B, T, heads, ...) to (J, B heads, C, ...)."""
-        x = jnp.pad(x, [(0, 0), (0, J * C - T)] + [(0, 0)] * (x.ndim - 2), **padding)
-        x = jnp.moveaxis(x.reshape(B, J, C, *x.shape[2:]), (1, 3), (0, 2))
-        return x.reshape(J, -1, C, *x.shape[4:])
-
-    xs = {"q": chunks(real(q)), "k": chunks(real(k)), "v": chunks(real(v))}
+    inputs = {"q": whole(q), "k": whole(k), "v": whole(v)}
     if log_decay is not None:
-        g = jnp.broadcast_to(log_decay, (B, T, H, *log_decay.shape[3:]))
-        xs["g"] = chunks(real(jnp.maximum(g, _decay.LOWEST)))
+        inputs["g"] = whole(jnp.broadcast_to(log_decay, (B, T, H, *log_decay.shape[3:])))
     elif normalized:
-        xs["g"] = chunks(jnp.zeros((B, T, H), wide))
+        inputs["g"] = whole(jnp.zeros((B, T, H), wide))
     if normalized:
         gate = jnp.zeros((B, T, H), wide) if log_input is None else log_input
-        xs["log_input"] = chunks(real(gate, EMPTY_LOG_SCALE), constant_values=EMPTY_LOG_SCALE)
-        if segment_ids is not None:
-            xs["real"] = chunks(jnp.broadcast_to((segment_ids != 0)[..., None], (B, T, H)))
+        inputs["log_input"] = whole(gate, constant_values=EMPTY_LOG_SCALE)
     elif log_input is not None:
         beta = jnp.exp(log_input) if beta is None else beta * jnp.exp(log_input)
     if beta is not None:
-        xs["beta"] = chunks(real(beta))
+        inputs["beta"] = whole(beta)
+    masks = {}
     if segment_ids is not None:
-        first_BTH = jnp.broadcast_to(_first_places(segment_ids, C)[..., None], (B, T, H))
-        xs["first"] = chunks(first_BTH, mode="edge")
+        masks["real"] = whole(segment_ids != 0)
+        masks["first"] = whole(_first_places(segment_ids, C), mode="edge")
 
     def dot(a: Array, b: Array) -> Array:
         return jnp.matmul(a.astype(low), b.astype(low), precision=HIGHEST, preferred_element_type=wide)
@@ -90,42 +84,55 @@ def run(
     def full_dot(a: Array, b: Array) -> Array:
         return jnp.matmul(a.astype(wide), b.astype(wide), precision=HIGHEST)
 
-    def chunk(carry: tuple[Array, ...], xs: dict[str, Array]) -> tuple[tuple[Array, ...], tuple[Array, Any]]:
+    def chunk(carry: Carry, inputs: dict[str, Array], masks: dict[str, Array]) -> tuple[Carry, Array]:
         state_YKV = carry[0]
-        q_XCK, k_XCK, v_YCV = xs["q"], xs["k"], xs["v"]
+        first_BC, real_BC = masks.get("first"), masks.get("real")
+
+        def heads_first(name: str, padding: float = 0.0) -> Array:
+            """(B, C, heads, ...) as (B heads, C, ...), with `padding` at padding tokens."""
+            x = inputs[name]
+            if real_BC is not None:
+                x = jnp.where(real_BC.reshape(B, C, *[1] * (x.ndim - 2)), x, padding)
+            return jnp.swapaxes(x, 1, 2).reshape(-1, C, *x.shape[3:])
+
+        q_XCK, k_XCK, v_YCV = (heads_first(name).astype(low) for name in "qkv")
         q_YCK, k_YCK = (_decay.repeat_heads(x, R) for x in (q_XCK, k_XCK))
-        masks = _decay.chunk_masks(C, xs.get("first"))
+        g = jnp.maximum(heads_first("g"), _decay.LOWEST) if "g" in inputs else None
+        beta_YC = heads_first("beta") if "beta" in inputs else None
+        meet = _decay.chunk_masks(C, None if first_BC is None else jnp.repeat(first_BC, H, axis=0))
         if normalized:
-            decay, scale_YC = _decay.scaled_decay(xs["g"], masks, R, xs["log_input"], carry[2], floor)
+            log_input_YC = heads_first("log_input", EMPTY_LOG_SCALE)
+            decay, scale_YC = _decay.scaled_decay(g, meet, R, log_input_YC, carry[2], floor)
         elif vector:
-            decay = _decay.vector_decay(xs["g"], masks)
-        elif log_decay is None:
-            decay = _decay.no_decay(masks, R, wide)
+            decay = _decay.vector_decay(g, meet)
+            q_XCK, k_XCK = q_YCK, k_YCK
+        elif g is None:
+            decay = _decay.no_decay(meet, R, wide)
         else:
-            decay = _decay.scalar_decay(xs["g"], masks, R)
+            decay = _decay.scalar_decay(g, meet, R)
 
         if rule == "delta":
             v_YCV = v_YCV - decay.read(k_YCK, state_YKV, dot)
-        write_YCV = _decay.scale_rows(v_YCV, xs["beta"]) if beta is not None else v_YCV
+        write_YCV = v_YCV if beta_YC is None else _decay.scale_rows(v_YCV, beta_YC)
         if rule == "delta":
-            scores_YCC, overlap_YCC = decay.scores([q_XCK, k_XCK], k_XCK, dot)
-            if beta is not None:
-                overlap_YCC = _decay.scale_rows(overlap_YCC, xs["beta"])
+            scores_YCC, overlap_YCC = decay.scores(q_XCK, k_XCK, dot, keys=True)
+            if beta_YC is not None:
+                overlap_YCC = _decay.scale_rows(overlap_YCC, beta_YC)
             write_YCV = solve(jnp.tril(overlap_YCC, -1), write_YCV)
         else:
-            (scores_YCC,) = decay.scores([q_XCK], k_XCK, dot)
+            (scores_YCC,) = decay.scores(q_XCK, k_XCK, dot, keys=False)
         if normalizer == "sum":
             # The same rounded weights of the same values above and below the line: one token alone gives its value, with no
             # gradient for its weight. Weights of one sign lose nothing by it; mLSTM's may cancel and are summed as they are.
-            weights_YCC = scores_YCC if beta is None else scores_YCC * xs["beta"][:, None, :]
+            weights_YCC = scores_YCC if beta_YC is None else scores_YCC * beta_YC[:, None, :]
             weights_YCC = rounded(weights_YCC, low)
-            inside_YCV = weighted(weights_YCC, v_YCV.astype(low))
+            inside_YCV = weighted(weights_YCC, v_YCV)
         else:
             inside_YCV = dot(scores_YCC, write_YCV)
         o_YCV = scale * (decay.read(q_YCK, state_YKV, dot) + inside_YCV)
         leaving = (decay.update(state_YKV, k_YCK, write_YCV, dot),)
         if normalized:
-            one_YC1 = xs["beta"][..., None] if beta is not None else jnp.ones((B * H, C, 1), wide)
+            one_YC1 = jnp.ones((B * H, C, 1), wide) if beta_YC is None else beta_YC[..., None]
             weighed = (weights_YCC, jnp.ones_like(one_YC1)) if normalizer == "sum" else (scores_YCC, one_YC1)
             sum_YC1 = decay.read(q_YCK, carry[1][..., None], full_dot) + full_dot(*weighed)
             sum_YC1 = scale * sum_YC1
@@ -135,22 +142,21 @@ def run(
             o_YCV = o_YCV / jnp.where(sum_YC1 == 0, 1, sum_YC1)
             key_sum_YK1 = decay.update(carry[1][..., None], k_YCK, one_YC1, full_dot)
             leaving = (*leaving, key_sum_YK1[..., 0], scale_YC[:, -1])
-            if "real" in xs:
+            if real_BC is not None:
                 # Nothing was added, so nothing was scaled: the parts of the state keep their gradients too.
-                some_Y = jnp.any(xs["real"], axis=1)
+                some_Y = jnp.repeat(jnp.any(real_BC, axis=1), H)
                 kept = [jnp.where(some_Y.reshape(-1, *[1] * (x.ndim - 1)), x, y) for x, y in zip(leaving, carry, strict=True)]
                 leaving = tuple(kept)
-        return leaving, (o_YCV.astype(v.dtype), state_YKV if return_chunk_states else None)
+        return leaving, jnp.swapaxes(o_YCV.astype(v.dtype).reshape(B, H, C, V), 1, 2)
 
     carry = _start(initial_state, B, H, K, V, normalizer, wide)
-    carry, (o_JYCV, entering) = jax.lax.scan(jax.checkpoint(chunk, prevent_cse=False), carry, xs)
-    o_BTHV = jnp.moveaxis(o_JYCV.reshape(J, B, H, C, V), (0, 3), (1, 2)).reshape(B, J * C, H, V)[:, :T]
-    result: list[Any] = [o_BTHV]
+    carry, o_BTHV, entering = scan_chunks(chunk, C, return_chunk_states, carry, inputs, masks)
+    result: list[Any] = [o_BTHV[:, :T]]
     if return_final_state:
         final = [x.reshape(B, H, *x.shape[1:]) for x in carry]
         result.append(NormalizedState(*final) if normalized else final[0])
     if return_chunk_states:
-        result.append(jnp.moveaxis(entering.reshape(J, B, H, K, V), 0, 1))
+        result.append(jnp.moveaxis(entering[0].reshape(J, B, H, K, V), 0, 1))
     return result[0] if len(result) == 1 else tuple(result)
 
 
@@ -184,10 +190,8 @@ def _weighted_bwd(saved: tuple[Array, Array], grad_YCV: Array) -> tuple[Array, A
 weighted.defvjp(lambda weights, v: (weighted(weights, v), (weights, v)), _weighted_bwd)
 
 
-def _start(
-    state: Array | NormalizedState | None, B: int, H: int, K: int, V: int, normalizer: str, dtype: Any
-) -> tuple[Array, ...]:
-    """The carry before the first chunk: state (Y, K, V) and, normalised, key sum (Y, K) and log scale (Y,)."""
+def _start(state: Array | NormalizedState | None, B: int, H: int, K: int, V: int, normalizer: str, dtype: Any) -> Carry:
+    """The carry before the first chunk."""
     if state is not None:
         parts = tuple(state) if isinstance(state, NormalizedState) else (state,)
         return tuple(x.astype(dtype).reshape(B * H, *x.shape[2:]) for x in parts)

@@ -3,59 +3,25 @@
 Status: numbers checked in interpret mode, programs lowered and compiled for an H200; not run on a GPU.
 """
 
-import importlib
-import importlib.util
-from types import ModuleType
+import functools
 from typing import Any
 
 from jax import Array
 
 from mlt_kernels import pallas
-from mlt_kernels.linear_recurrence import NormalizedState
+from mlt_kernels.linear_recurrence import _pallas_add, _pallas_delta, reference
 
-MODULES = {"add": f"{__package__}._pallas_add", "delta": f"{__package__}._pallas_delta"}
-
-
-def unsupported(*, rule: str, **arguments: Any) -> str | None:
-    if importlib.util.find_spec(MODULES[rule]) is None:
-        return f"there is no kernel for rule={rule!r}"
-    return pallas.unsupported_platform("gpu") or _module(rule).unsupported(rule=rule, **arguments)
+RULES = {"add": _pallas_add, "delta": _pallas_delta}
+"""Modules with `unsupported` and `run`."""
 
 
-def run(
-    *,
-    q: Array,
-    k: Array,
-    v: Array,
-    log_decay: Array | None,
-    beta: Array | None,
-    rule: str,
-    log_input: Array | None,
-    normalizer: str,
-    scale: float,
-    initial_state: Array | NormalizedState | None,
-    segment_ids: Array | None,
-    chunk_size: int,
-    return_final_state: bool,
-    return_chunk_states: bool,
-) -> Any:
-    return _module(rule).run(
-        q=q,
-        k=k,
-        v=v,
-        log_decay=log_decay,
-        beta=beta,
-        rule=rule,
-        log_input=log_input,
-        normalizer=normalizer,
-        scale=scale,
-        initial_state=initial_state,
-        segment_ids=segment_ids,
-        chunk_size=chunk_size,
-        return_final_state=return_final_state,
-        return_chunk_states=return_chunk_states,
-    )
+def unsupported(*, rule: str, v: Array, **arguments: Any) -> str | None:
+    reason = pallas.unsupported_platform("gpu")
+    if reason is None and 0 in v.shape:
+        reason = f"v has shape {v.shape}: nothing to compute"
+    return reason or RULES[rule].unsupported(rule=rule, v=v, **arguments)
 
 
-def _module(rule: str) -> ModuleType:
-    return importlib.import_module(MODULES[rule])
+@functools.wraps(reference.run)  # for its signature, the same of every backend
+def run(*, rule: str, **arguments: Any) -> Any:
+    return RULES[rule].run(rule=rule, **arguments)

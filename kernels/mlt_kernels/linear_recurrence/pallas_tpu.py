@@ -4,13 +4,14 @@ dim, under both rules.
 Status: numbers checked in interpret mode, programs compiled for TPU v4 to v6e (`tools/compile_tpu.py`); not run on one.
 """
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
 from mlt_kernels import pallas
-from mlt_kernels.linear_recurrence import NormalizedState, _pallas_add
+from mlt_kernels.linear_recurrence import _pallas_add, reference
 
 LARGEST_STATE = 256 * 512
 """Elements of a state: with its cotangent, an anchor and their copies it must fit 16 MiB of fast memory."""
@@ -33,6 +34,8 @@ def unsupported(
     **_: Any,
 ) -> str | None:
     K, V = q.shape[-1], v.shape[-1]
+    if 0 in v.shape:
+        return f"v has shape {v.shape}: nothing to compute"
     if K % 8 or V % 8:
         return f"K={K}, V={V}; a TPU's tiles have 8 rows"
     if max(K, V) > LARGEST:
@@ -49,37 +52,6 @@ def unsupported(
     return pallas.unsupported_platform("tpu")
 
 
-def run(
-    *,
-    q: Array,
-    k: Array,
-    v: Array,
-    log_decay: Array | None,
-    beta: Array | None,
-    rule: str,
-    log_input: Array | None,
-    normalizer: str,
-    scale: float,
-    initial_state: Array | NormalizedState | None,
-    segment_ids: Array | None,
-    chunk_size: int,
-    return_final_state: bool,
-    return_chunk_states: bool,
-) -> Any:
-    return _pallas_add.run(
-        platform="tpu",
-        q=q,
-        k=k,
-        v=v,
-        log_decay=log_decay,
-        beta=beta,
-        rule=rule,
-        log_input=log_input,
-        normalizer=normalizer,
-        scale=scale,
-        initial_state=initial_state,
-        segment_ids=segment_ids,
-        chunk_size=chunk_size,
-        return_final_state=return_final_state,
-        return_chunk_states=return_chunk_states,
-    )
+@functools.wraps(reference.run)  # for its signature, the same of every backend
+def run(**arguments: Any) -> Any:
+    return _pallas_add.run(platform="tpu", **arguments)

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from mlt_kernels import triton_calls
+from mlt_kernels.grids import unsupported_shape
+from mlt_kernels.linear_recurrence import _kernel_inputs as given
 from mlt_kernels.linear_recurrence import _normalized, _triton_add, _triton_delta
-from mlt_kernels.linear_recurrence._kernel_inputs import LARGEST, LOWEST, SMALLEST, Arrays
 from mlt_kernels.linear_recurrence._triton_tools import Settings
 
 RULES = {"add": _triton_add, "delta": _triton_delta}
@@ -37,13 +38,13 @@ def unsupported(
     if reason:
         return reason
     for name, dim in (("K", q.shape[-1]), ("V", v.shape[-1])):
-        if not 1 <= dim <= LARGEST:
-            return f"{name}={dim}; its kernels take 1 to {LARGEST}"
+        if not 1 <= dim <= given.LARGEST:
+            return f"{name}={dim}; its kernels take 1 to {given.LARGEST}"
     if jnp.float64 in {x.dtype for x in (q, k, v, log_decay, beta) if x is not None}:
         return "float64 arguments; its kernels compute in float32"
-    if return_chunk_states and chunk_size < SMALLEST:
-        return f"return_chunk_states with chunk_size={chunk_size}; a Triton product needs {SMALLEST} tokens"
-    return f"v has shape {v.shape}: nothing to compute" if 0 in v.shape else None
+    if return_chunk_states and chunk_size < given.SMALLEST:
+        return f"return_chunk_states with chunk_size={chunk_size}; a Triton product needs {given.SMALLEST} tokens"
+    return unsupported_shape("v", v.shape)
 
 
 def _plain(
@@ -63,43 +64,25 @@ def _plain(
     return_final_state: bool,
     return_chunk_states: bool,
 ) -> Any:
-    kernels = RULES[rule]
-    B, T, H, V = v.shape
-    low = jnp.result_type(q, k, v)
-    vector = log_decay is not None and log_decay.ndim == 4
-    length = kernels.chunk_length(q.shape[-1], V, low.itemsize, vector)
-    if return_chunk_states:
-        length = min(length, chunk_size)
-    length = max(SMALLEST, min(length, 1 << (T - 1).bit_length()))
-    gated = beta is not None or log_input is not None
-    u = beta if log_input is None else jnp.exp(log_input) if beta is None else beta * jnp.exp(log_input)
-    g = None if log_decay is None else jnp.maximum(log_decay, LOWEST)
-    if g is not None and g.ndim == 1:
-        g = jnp.broadcast_to(g, (B, T, H))
-    if segment_ids is not None:
-        real = (segment_ids != 0)[..., None]
-        u = jnp.where(real, jnp.float32(1.0) if u is None else u, 0.0) * jnp.ones((1, 1, H), jnp.float32)
-        g = None if g is None else jnp.where(real[..., None] if vector else real, g, 0.0)
-
-    def padded(x: Array) -> Array:
-        return jnp.pad(x, [(0, 0), (0, -T % length)] + [(0, 0)] * (x.ndim - 2))
-
-    arrays = Arrays(
-        *(padded(x.astype(low)) for x in (q, k, v)),
-        g=None if g is None else padded(g),
-        u=None if u is None else padded(u),
-        state=None if initial_state is None else initial_state.astype(jnp.float32),
+    kernels, vector = RULES[rule], log_decay is not None and log_decay.ndim == 4
+    length = kernels.chunk_length(q.shape[-1], v.shape[-1], jnp.result_type(q, k, v).itemsize, vector)
+    length = given.chunk_length(length, given.SMALLEST, v.shape[1], chunk_size if return_chunk_states else None)
+    arrays, segment_ids = given.whole_chunks(
+        q=q,
+        k=k,
+        v=v,
+        log_decay=log_decay,
+        beta=beta,
+        log_input=log_input,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        length=length,
     )
     stride = chunk_size // length if return_chunk_states else None
+    gated = beta is not None or log_input is not None
     settings = Settings(scale, length, stride, gated, triton_calls.interpreting())
-    results: Any = kernels.recurrence(settings, arrays, None if segment_ids is None else padded(segment_ids))
-    o, final, states = results
-    result = [o[:, :T].astype(v.dtype)]
-    if return_final_state:
-        result.append(final)
-    if return_chunk_states:
-        result.append(states)
-    return result[0] if len(result) == 1 else tuple(result)
+    found = kernels.recurrence(settings, arrays, segment_ids)
+    return given.returned(found, v, return_final_state, return_chunk_states)
 
 
 @functools.wraps(_plain)
