@@ -1,14 +1,12 @@
 """compare.html: the table and the curves of all runs in one file that stands alone."""
 
 import html
-import time
 from collections.abc import Sequence
-from importlib import resources
 
 from mlt.compare.numbers import Numbers
 from mlt.compare.table import Cells
 from mlt.report.plots import MOST_LINES, Line, Plot, draw
-from mlt.report.text import moment
+from mlt.report.standalone import standalone
 
 CURVES = (
     ("Train loss", "train/loss", "nats per token", False),
@@ -20,17 +18,12 @@ WIDE, NARROW = (9.75, 6.3), (4.6, 2.75)
 
 
 def page(title: str, rows: Cells, lines: Sequence[str], found: Sequence[Numbers]) -> str:
-    style = resources.files("mlt.report").joinpath("page.css").read_text()
-    name = html.escape(title)
     remarks = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{name}: comparison</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
-        f"<header><h1>{name}</h1></header>\n"
-        f'<section><h2>Runs</h2>{_table(rows)}<ul class="note">{remarks}</ul></section>\n{_curves(found)}\n'
-        f"<footer>Written {moment(time.time())} by <code>mlt compare</code></footer>\n</main>\n</body>\n</html>\n"
+    body = (
+        f"<header><h1>{html.escape(title)}</h1></header>\n"
+        f'<section><h2>Runs</h2>{_table(rows)}<ul class="note">{remarks}</ul></section>\n{_curves(found)}'
     )
+    return standalone(f"{title}: comparison", body, "mlt compare")
 
 
 def _table(rows: Cells) -> str:

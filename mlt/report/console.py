@@ -2,19 +2,39 @@
 
 import contextlib
 import logging
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+_WIDTH_OF_BAR = 76  # columns of a terminal from which a bar is more than a few characters
+
+
+class _Console(Console):
+    """A console that ends no run: rich's own leaves with exit code 1 once nobody reads the pipe it writes to."""
+
+    def on_broken_pipe(self) -> None:
+        """Print no more, and leave nothing to be written when the process ends."""
+        self.quiet = True
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        with contextlib.suppress(OSError):
+            print("warning: nobody reads what this run prints any more; the run goes on", file=sys.stderr, flush=True)
 
 
 class RunConsole:
-    """Prints messages, the bar and one line per logged step. What cannot be printed (a full disk) is left out."""
+    """Prints messages, the bar and one line per logged step.
+
+    What cannot be printed (a full disk, a closed terminal, a pipe that nobody reads) is left out.
+    """
 
     def __init__(self, total_steps: int, file: TextIO | None = None):
-        self.console = Console(highlight=False, soft_wrap=True, file=file)
+        self.console = _Console(highlight=False, soft_wrap=True, file=file)
         self.total = total_steps
         self.progress: Progress | None = None
         self.task = None
@@ -27,15 +47,13 @@ class RunConsole:
         """Begin the bar at a step already done."""
         if not self.console.is_terminal:
             return
-        columns = (
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[line]}"),
-            TimeRemainingColumn(),
-        )
-        self.progress = Progress(*columns, console=self.console, transient=True)
-        self.progress.start()
+        # One column of text, the step first: a narrow terminal cuts the end of it, and the bar takes what is left over.
+        text = TextColumn("step {task.completed}/{task.total}  {task.fields[line]}", table_column=Column(no_wrap=True))
+        bar = (BarColumn(bar_width=None, table_column=Column(ratio=1)), TimeRemainingColumn())
+        columns = (text, *bar) if self.console.width >= _WIDTH_OF_BAR else (text,)
+        self.progress = Progress(*columns, console=self.console, transient=True, expand=True)
+        with contextlib.suppress(OSError):
+            self.progress.start()
         self.task = self.progress.add_task("train", total=self.total, completed=step, line="")
 
     def logged(self, step: int, metrics: Mapping[str, float], bits_per_byte: float | None) -> None:
@@ -53,7 +71,8 @@ class RunConsole:
 
     def stop(self) -> None:
         if self.progress is not None:
-            self.progress.stop()
+            with contextlib.suppress(OSError):
+                self.progress.stop()
             self.progress = None
 
 

@@ -65,6 +65,15 @@ class History:
         """Give a fact of the latest start that has it."""
         return next((start[name] for start in reversed(self.starts) if name in start), None)
 
+    def resumes(self) -> list[int]:
+        """Give the steps that the run was resumed after."""
+        return [int(start["step"]) for start in self.starts[1:]]
+
+    def not_finite(self) -> dict[str, np.ndarray]:
+        """Map each metric that was ever NaN or infinite to the steps at which it was."""
+        bad = {name: series.steps[~np.isfinite(series.values)] for name, series in self.series.items()}
+        return {name: steps for name, steps in bad.items() if len(steps)}
+
 
 def read_history(path: Path) -> History:
     """Read metrics.jsonl; a missing file is an empty history, a line that is no row is passed over."""

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,9 +13,11 @@ import pytest
 
 from mlt.checkpoint.save import Checkpointer
 from mlt.errors import UserError
+from mlt.report.goodput import CAUSES
 from mlt.report.history import Series
 from mlt.report.page import write_report
 from mlt.report.plots import Line, Plot, draw
+from mlt.report.sections import _TONES
 from mlt.train.run_directory import RunDirectory
 
 START = {"kind": "start", "step": 0, "time": 1000.0, "steps": 300, "jax": "0.10.2", "device": "cpu", "num_devices": 2}
@@ -168,6 +171,24 @@ def test_where_the_time_went_and_what_went_wrong(tmp_path):
         assert text in page.text, text
     assert "guard/skipped_steps" not in page.text
     assert "saving" not in page.text
+    assert "goodput50 %of the time" in page.text  # the tile, too, is of the whole run
+    html = (run / "report.html").read_text()
+    for cause, tone in (("training steps", "good"), ("steps rolled back", "bad"), ("start-up and restore", "k6")):
+        assert f'<span class="key block {tone}">{cause}</span>' in html
+        assert re.search(f'<i class="{tone}" style="width:[0-9.]+%" title="{cause}: ', html)
+
+
+def test_every_cause_of_spent_time_has_a_colour_of_its_own_unless_it_is_a_loss():
+    tones = [_TONES[cause] for cause in CAUSES if _TONES[cause] != "bad"]
+    assert len(set(tones)) == len(tones)
+    style = files("mlt.report").joinpath("page.css").read_text()
+    assert all(f".{tone} {{ --tone" in style for tone in {*tones, "bad"})
+
+
+def test_lines_are_named_by_the_numbers_that_differ(tmp_path):
+    names = [f"router/layers.{layer}.sub_layers.1/load" for layer in (1, 3)]
+    html = write_report(make_run(tmp_path / "run", [START, row(1, **dict.fromkeys(names, 0.5))])).read_text()
+    assert re.findall(r'<span class="key k\d">(layers[^<]*)</span>', html) == ["layers 1", "layers 3"]
 
 
 def test_a_run_in_progress_says_so(tmp_path):
