@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))  # where the tests find what they share
 
 
 def load_test(name: str) -> Any:
@@ -45,7 +46,7 @@ if __name__ == "__main__":
     chosen, versions = sys.argv[1:], "{}"
     models, layers = load_test("test_huggingface"), load_test("test_fla")
     print(heading("logit", "transformers"))
-    for name in [name for name in models.tool.CASES if not chosen or name in chosen]:
+    for name in [name for name in models.parity.CASES if not chosen or name in chosen]:
         stored, _, _, _, model = models.golden(name)
         print(row(name, stored, stored["logits"], models.our_logits(model, stored["ids"], stored["lengths"])), flush=True)
         versions = str(stored["versions"])

@@ -1,19 +1,12 @@
 """A short version of `python tools/fault_suite.py`: one trial of every kind of fault."""
 
-import importlib.util
-import pathlib
-
 import pytest
-
-TOOL = pathlib.Path(__file__).parents[2] / "tools" / "fault_suite.py"
+from tool_files import tool
 
 
 @pytest.fixture(scope="module")
 def suite():
-    spec = importlib.util.spec_from_file_location("mlt_fault_suite", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tool("fault_suite")
 
 
 def test_every_kind_of_fault_ends_as_the_uninterrupted_run(suite, tmp_path, monkeypatch):

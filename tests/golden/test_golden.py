@@ -1,21 +1,9 @@
 """Configs describe the models that they described yesterday."""
 
-import importlib.util
-import pathlib
-
 import pytest
+from tool_files import tool
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def _tool(name: str):
-    spec = importlib.util.spec_from_file_location(f"mlt_tools_{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-golden = _tool("golden")
+golden = tool("golden")
 
 
 @pytest.mark.parametrize("path", golden.configs(), ids=lambda path: path.stem)

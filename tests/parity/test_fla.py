@@ -8,14 +8,13 @@ agree; wider ones are held to the float64 recurrence of tests/mixers/test_equati
 """
 
 import functools
-import importlib.util
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tool_files import tool
 
 from mlt.export.huggingface.links import Link, Part, depthwise_conv, linear, read_all, vector
 from mlt.mixers.base import BuildInfo, Context
@@ -27,19 +26,11 @@ from mlt.mixers.sequence.mixture_of_memories import MixtureOfMemories
 from mlt.nn.param import named_leaves, path_name
 from mlt.parallel.rules import Rules
 
-ROOT = pathlib.Path(__file__).parents[2]
 TOLERANCE = 1e-4
 WIDTH = 32
 
 
-def _tool():
-    spec = importlib.util.spec_from_file_location("mlt_tools_parity_goldens", ROOT / "tools" / "parity_goldens.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = _tool()
+parity = tool("parity_goldens")
 
 
 def projections(c, key_heads, **more):
@@ -140,10 +131,10 @@ CASES = {
 @functools.cache
 def golden(name):
     """What is stored, and our mixer with its weights."""
-    with np.load(tool.golden_path(name)) as file:
+    with np.load(parity.golden_path(name)) as file:
         stored = {key: file[key] for key in file.files}
     shapes = {key: tuple(shape) for key, shape in json.loads(str(stored["shapes"])).items()}
-    theirs = tool.weights(shapes, int(stored["seed"]))
+    theirs = parity.weights(shapes, int(stored["seed"]))
     config, links = CASES[name]
     if isinstance(config, MixtureOfMemories):
         theirs = each_memory(theirs, config.memories)

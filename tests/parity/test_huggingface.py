@@ -6,14 +6,13 @@ of the document alone.
 """
 
 import functools
-import importlib.util
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tool_files import tool
 
 from mlt.export.huggingface.links import write_all
 from mlt.export.huggingface.registry import architecture_of, read_config, write_config
@@ -23,27 +22,19 @@ from mlt.mixers.base import Context
 from mlt.model.remat import Remat
 from mlt.parallel.rules import Rules
 
-ROOT = pathlib.Path(__file__).parents[2]
 TOLERANCE = 1e-4
 
 
-def _tool():
-    spec = importlib.util.spec_from_file_location("mlt_tools_parity_goldens", ROOT / "tools" / "parity_goldens.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = _tool()
+parity = tool("parity_goldens")
 
 
 @functools.cache
 def golden(name):
-    with np.load(tool.golden_path(name)) as file:
+    with np.load(parity.golden_path(name)) as file:
         stored = {key: file[key] for key in file.files}
     values = json.loads(str(stored["config"]))
     shapes = {key: tuple(shape) for key, shape in json.loads(str(stored["shapes"])).items()}
-    theirs = tool.weights(shapes, int(stored["seed"]))
+    theirs = parity.weights(shapes, int(stored["seed"]))
     config = read_config(values, name)
     return stored, values, theirs, config, model_of(config, values, theirs, config.build(), name)
 
@@ -80,16 +71,23 @@ def assert_close(found, wanted, rounding, how):
     assert over.max() <= TOLERANCE, f"{how}: token {over.argmax()} is {over.max():.1e} further off than rounding explains"
 
 
-@pytest.mark.parametrize("name", tool.CASES)
+def rounding_of(stored):
+    """What float32 may add at each token: what rounding the weights moves it by, as often as transformers' own float32,
+    which rounds more than weights, exceeds that where it is largest. Compilers round in different places."""
+    rounding = stored.get("rounding", np.zeros(1))
+    return rounding * max(1.0, stored.get("float32_error", 0.0) / max(rounding.max(), 1e-30))
+
+
+@pytest.mark.parametrize("name", parity.CASES)
 def test_logits(name):
     stored, _, _, _, model = golden(name)
     wanted = stored["logits"]
     assert 1.0 < np.abs(wanted).max() < 30.0
     for how, found in our_logits(model, stored["ids"], stored["lengths"]).items():
-        assert_close(found, wanted, stored.get("rounding", 0.0), how)
+        assert_close(found, wanted, rounding_of(stored), how)
 
 
-@pytest.mark.parametrize("name", tool.CASES)
+@pytest.mark.parametrize("name", parity.CASES)
 def test_export_gives_the_same_file(name):
     """Config and tensors go back as they came: equal fields to the point of equal models, weights to the bit."""
     _, values, theirs, config, model = golden(name)
@@ -103,7 +101,7 @@ def test_export_gives_the_same_file(name):
         np.testing.assert_array_equal(tensors[key], array, err_msg=key, strict=True)
 
 
-@pytest.mark.parametrize("name", tool.CASES)
+@pytest.mark.parametrize("name", parity.CASES)
 def test_live(name, tmp_path):
     """Where torch and transformers are at hand: what we export loads there, every tensor used, and computes the same."""
     pytest.importorskip("torch")
@@ -113,7 +111,7 @@ def test_live(name, tmp_path):
     write_model(config, model, architecture, {**fields, "max_position_embeddings": 64, "pad_token_id": 0}, tmp_path)
     again, read_back = read_model(tmp_path)
     assert again == config
-    parts = tool.documents(config.vocab_size, seed=2)
-    wanted, rounding = tool.reference(tool.load(tmp_path), parts, name)
+    parts = parity.documents(config.vocab_size, seed=2)
+    wanted, rounding = parity.reference(parity.load(tmp_path), parts, name)
     found = our_logits(read_back, np.concatenate(parts), [len(part) for part in parts])["alone"]
     assert_close(found, wanted, rounding, "live")

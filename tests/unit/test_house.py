@@ -1,18 +1,16 @@
 """Rules of the house that a machine can check."""
 
-import importlib.util
 import pathlib
 import subprocess
 import sys
+
+from tool_files import tool
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_imports_point_down():
-    spec = importlib.util.spec_from_file_location("mlt_tools_imports", ROOT / "tools" / "imports.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.wrong_ways() == []
+    assert tool("imports").wrong_ways() == []
 
 
 def test_files_stay_small():

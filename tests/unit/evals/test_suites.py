@@ -1,12 +1,10 @@
 """`mlt eval`: the recall of a run's model is what a direct count finds, and wrong words are refused."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from saved_runs import save_run
 
-from mlt.checkpoint.save import Checkpointer
-from mlt.config.dump import to_yaml
 from mlt.config.run import RunConfig, TrainConfig
 from mlt.data.config import DataConfig
 from mlt.data.synthetic import SyntheticText
@@ -18,12 +16,8 @@ from mlt.mixers.sequence.mamba2 import Mamba2
 from mlt.model.block import Block
 from mlt.model.lm import LMConfig
 from mlt.model.stack import Stack
-from mlt.parallel.mesh import Layout
 from mlt.parallel.rules import Rules
-from mlt.run_paths import RunPaths
 from mlt.train.load import load_model
-from mlt.train.setup import build_optimizer, describe_model
-from mlt.train.state import create_state
 
 ROWS = 12
 
@@ -36,13 +30,7 @@ def run_dir(tmp_path_factory):
         data=DataConfig(source=SyntheticText.example(), sequence_length=64, batch_size=2),
         train=TrainConfig(steps=1, compute_dtype="float32"),
     )
-    path = tmp_path_factory.mktemp("run")
-    paths, specs = RunPaths(path), describe_model(config)
-    state = create_state(specs, build_optimizer(config, specs), Rules(Layout().build(jax.devices()[:1])), seed=3)
-    paths.config_path.write_text(to_yaml(config))
-    with Checkpointer(paths.checkpoints_path) as checkpointer:
-        checkpointer.save(7, state, data={}, meta={"tokens": 1})
-    return path
+    return save_run(tmp_path_factory.mktemp("run"), config, step=7, seed=3)
 
 
 def ask(run_dir, **options) -> list[list[str]]:

@@ -2,35 +2,22 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
+from saved_runs import save_run
 
-from mlt.checkpoint.save import Checkpointer
-from mlt.config.dump import to_yaml
 from mlt.config.load import load_config
 from mlt.config.run import RunConfig
 from mlt.errors import UserError
 from mlt.export.safetensors import export_run, read_export
 from mlt.nn.param import named_leaves
-from mlt.parallel.mesh import Layout
-from mlt.parallel.rules import Rules
-from mlt.run_paths import RunPaths
 from mlt.train.load import load_model
-from mlt.train.setup import build_optimizer, describe_model
-from mlt.train.state import create_state
 
 
 @pytest.fixture(scope="module")
 def run_dir(request, tmp_path_factory):
     config = load_config(request.config.rootpath / "tests" / "faults" / "tiny.py", root=RunConfig)
-    path = tmp_path_factory.mktemp("run")
-    paths, specs = RunPaths(path), describe_model(config)
-    state = create_state(specs, build_optimizer(config, specs), Rules(Layout().build(jax.devices()[:1])), seed=3)
-    paths.config_path.write_text(to_yaml(config))
-    with Checkpointer(paths.checkpoints_path) as checkpointer:
-        checkpointer.save(7, state, data={}, meta={"tokens": 1})
-    return path
+    return save_run(tmp_path_factory.mktemp("run"), config, step=7, seed=3)
 
 
 def test_the_export_is_the_run_s_model(run_dir, tmp_path):
