@@ -51,10 +51,9 @@ def load_config(
     elif args:
         raise UserError(f"{source} is a finished config: it takes no --arg, only --set path=value")
     else:
-        tree = from_yaml(_read(file), source=source)
+        tree = from_yaml(_read(file), root=root, source=source)
     if not isinstance(tree, root):
-        says = f"config() returned {_kind(tree)}" if file.suffix == ".py" else f"it describes {_kind(tree)}"
-        raise UserError(f"{source}: {says}, but must give a {root.__name__}")
+        raise UserError(f"{source}: config() returned {_kind(tree)}, but must give a {root.__name__}")
     if sets:
         tree = apply_sets(tree, sets, source=source)
     if check:
@@ -82,11 +81,15 @@ def _find(path: Path) -> Path:
         folder = path.parent
         if not folder.is_dir():
             raise UserError(f"{path}: there is no such file, nor the folder {folder}")
-        beside = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() or entry.suffix in (".py", ".yaml"))
+        beside = sorted(entry.name for entry in folder.iterdir() if _may_hold_a_config(entry))
         raise UserError(f"{path}: there is no such file; {suggest(path.name, beside, choices='its folder has')}")
     if path.suffix not in (".py", ".yaml", ".yml"):
         raise UserError(f"{path}: a config is a .py file, a .yaml file or a run directory")
     return path
+
+
+def _may_hold_a_config(entry: Path) -> bool:
+    return not entry.name.startswith((".", "__")) and (entry.is_dir() or entry.suffix in (".py", ".yaml"))
 
 
 def _read(file: Path) -> str:

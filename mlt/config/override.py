@@ -65,7 +65,7 @@ def _apply(data: dict[str, Any], text: str, found: list[Problem]) -> None:
     path, equals, value_text = text.partition("=")
     steps = parse_path(path.strip())
     if not equals or steps is None:
-        found.append(Problem(f"--set {text}", ABSENT, "must be path=value", "for example model.blocks[2].mixer.window=512"))
+        found.append(Problem(f"--set {text}", ABSENT, "must be path=value", "for example model.stack.period[0].norm_eps=1e-6"))
         return
     try:
         value = read_yaml(value_text, f"--set {path}")

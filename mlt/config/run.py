@@ -31,6 +31,8 @@ class TrainConfig(Config):
         peer_timeout_seconds: silence after which a process counts as lost; the others then end.
         hang_timeout_seconds: how long a step, an evaluation, a save, a compilation or a wait for data may take before the
             run ends; None never ends it.
+        check_memory: refuse a train state that takes more of a device than there is, before anything is made. What has to fit
+            beside it, activations and gradients, is not counted.
         check_every_steps: at every so many steps, do the step twice and compare the results bit for bit; None never does.
         guard: what is done about a loss or gradient that is not finite, or a spike.
         distill: the run whose model this one learns from; None learns from the data alone.
@@ -46,6 +48,7 @@ class TrainConfig(Config):
     start_timeout_seconds: float = 300.0
     peer_timeout_seconds: float = 300.0
     hang_timeout_seconds: float | None = 1800.0
+    check_memory: bool = True
     check_every_steps: int | None = None
     guard: GuardConfig = GuardConfig()
     distill: Distill | None = None

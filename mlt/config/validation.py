@@ -1,5 +1,6 @@
 """Pydantic's complaints about one node, told as problems: readable paths, plain words, nearest names."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -106,7 +107,8 @@ def _hint(annotation: Any, value: Any) -> str | None:
         if (int in types and _reads_as(int, value)) or (float in types and _reads_as(float, value)):
             return f"write {value.strip()} without quotes"
         close = near(value, [word for word in words if isinstance(word, str)])
-        return f"did you mean {one_of(map(repr, close))}?" if close else None
+        told = len(close) == len(words) > 1  # the rule names all of them
+        return f"did you mean {one_of(map(repr, close))}?" if close and not told else None
     if isinstance(value, float) and int in types and value.is_integer():
         return f"write {int(value)}"
     if isinstance(value, (bool, int, float)) and str in types:
@@ -117,8 +119,8 @@ def _hint(annotation: Any, value: Any) -> str | None:
 
 
 def _reads_as(kind: type, text: str) -> bool:
+    """Whether the text is a number that a field may have: `nan` and `inf` are none, quoted or not."""
     try:
-        kind(text)
-    except ValueError:
+        return math.isfinite(kind(text))
+    except (ValueError, OverflowError):
         return False
-    return True

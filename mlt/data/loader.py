@@ -11,7 +11,8 @@ import numpy as np
 
 from mlt.data.cluster_rows import FIELD, GENERIC
 from mlt.data.config import DataConfig
-from mlt.data.corpus import Corpus, load_corpus
+from mlt.data.corpus import Corpus
+from mlt.data.load_corpus import load_corpus
 from mlt.data.pack import OnePassRows, Row, padding_row
 from mlt.data.position import position, row_of
 from mlt.data.prefetch import Prefetcher, WaitStopped

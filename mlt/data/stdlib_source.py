@@ -100,7 +100,8 @@ class PythonStdlib(Source):
         if self.max_bytes is None:
             return list(found)
         chosen, left = [], self.max_bytes
-        for digest in sorted(found):
+        # Not by the first half: its smallest values are the documents that are held out.
+        for digest in sorted(found, key=lambda digest: digest[8:]):
             size = len(found[digest][1].encode())
             if size <= left:
                 chosen.append(digest)

@@ -3,14 +3,13 @@
 It is run policy, not model config: the same model trains under any of them, with equal gradients.
 """
 
-import difflib
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
 
 from mlt.config.base import Config
-from mlt.config.problems import Problem
+from mlt.config.problems import Problem, suggest
 from mlt.mixers.base import SAVE_POINTS
 
 
@@ -32,11 +31,8 @@ class Remat(Config):
         for field in ("save", "offload"):
             for i, name in enumerate(getattr(self, field)):
                 if name not in SAVE_POINTS:
-                    near = difflib.get_close_matches(name, SAVE_POINTS, n=1)
-                    hint = f"did you mean {near[0]!r}? " if near else ""
-                    yield Problem(
-                        f"{field}[{i}]", name, "is not a save point", f"{hint}The save points are {', '.join(SAVE_POINTS)}"
-                    )
+                    choices = suggest(name, SAVE_POINTS, choices="the save points are", list_all=True)
+                    yield Problem(f"{field}[{i}]", name, "is not a save point", choices)
         for name in set(self.save) & set(self.offload):
             yield Problem("offload", name, "is in both save and offload", "name it in one of them")
         if self.mode == "none" and (self.save or self.offload):

@@ -83,6 +83,8 @@ def test_sources_are_named_in_reports(write: Any) -> None:
 
 def test_missing_files(write: Any, tmp_path: Path) -> None:
     write(PLAIN)
+    for hidden in (".git", "__pycache__"):
+        (tmp_path / hidden).mkdir()
     assert message(tmp_path / "tinny.py") == f"{tmp_path / 'tinny.py'}: there is no such file; did you mean tiny.py?"
     assert message(tmp_path / "zzzzz.py").endswith("there is no such file; its folder has: tiny.py")
     assert "nor the folder" in message(tmp_path / "no" / "tiny.py")
@@ -130,9 +132,14 @@ def test_what_is_not_a_run(write: Any) -> None:
     path = write("def config():\n    return Other()\n")
     assert message(path, root=Tiny) == f"{path}: config() returned a value of type Other, but must give a Tiny"
     saved = write(to_yaml(Other()), "other.yaml")
-    assert message(saved, root=Tiny) == f"{saved}: it describes a value of type Other, but must give a Tiny"
+    assert "must be a Tiny, but Other is not one" in message(saved, root=Tiny)
     assert message(saved, args=["a=1"]) == f"{saved} is a finished config: it takes no --arg, only --set path=value"
     assert "line 2" in message(write("class: a\n b: c\n", "bad.yaml"))
+
+
+def test_a_saved_tree_need_not_name_the_class_that_is_wanted(write: Any) -> None:
+    assert load_config(write("depth: 4\n", "plain.yaml"), root=Tiny) == Tiny(depth=4)
+    assert "dpth = 4: unknown key of Tiny; did you mean depth?" in message(write("dpth: 4\n", "odd.yaml"), root=Tiny)
 
 
 def test_a_file_builds_on_its_sibling(write: Any) -> None:

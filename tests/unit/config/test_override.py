@@ -159,9 +159,9 @@ def test_none_is_null() -> None:
             "write `class: mlt.module.ClassName` first",
         ),
         ("model.blocks[1].mixer=conv", "model.blocks[1].mixer", "must be a Mixer", None),
-        ("rate", "--set rate", "must be path=value", "for example model.blocks[2].mixer.window=512"),
-        ("=3", "--set =3", "must be path=value", "for example model.blocks[2].mixer.window=512"),
-        ("model..d_model=3", "--set model..d_model=3", "must be path=value", "for example model.blocks[2].mixer.window=512"),
+        ("rate", "--set rate", "must be path=value", "for example model.stack.period[0].norm_eps=1e-6"),
+        ("=3", "--set =3", "must be path=value", "for example model.stack.period[0].norm_eps=1e-6"),
+        ("model..d_model=3", "--set model..d_model=3", "must be path=value", "for example model.stack.period[0].norm_eps=1e-6"),
     ],
 )
 def test_what_cannot_be_set_says_where_and_what_can(text: str, path: str, rule: str, ways_out: str | None) -> None:

@@ -1,6 +1,7 @@
 """Every source: deterministic random access, and one clear message for each way the input can be wrong."""
 
 import gzip
+import hashlib
 import importlib.util
 import json
 import pkgutil
@@ -147,6 +148,17 @@ def test_real_stdlib_is_large_and_within_budget():
     size = sum(len(text.encode()) for text in documents)
     assert 200_000 < size <= 300_000
     assert list(documents.names) == sorted(documents.names)
+
+
+def test_a_part_of_the_stdlib_is_not_the_part_that_is_held_out():
+    """Validation takes the documents whose content hashes lowest; a budget must not take the same ones first."""
+
+    def held_out(documents) -> float:
+        firsts = [hashlib.blake2b(text.encode(), digest_size=16).digest()[0] for text in documents]
+        return sum(first < 64 for first in firsts) / len(firsts)
+
+    assert held_out(PythonStdlib().documents()) == pytest.approx(0.25, abs=0.1)
+    assert held_out(PythonStdlib(max_bytes=1_000_000).documents()) < 0.5
 
 
 def test_stdlib_without_sources(tmp_path, monkeypatch):
