@@ -23,8 +23,8 @@ def decode(subject: Subject, seed: int) -> Result:
     real = batch["segment_ids"] > 0
     worst = largest_difference(full[real], stepped[real])
     counts = f"prefill of {prefix} tokens, then {subject.length - prefix} steps"
-    facts = f"{counts}: relative difference {worst:.1e} (at most {TOLERANCE:g})"
-    return Result("decode", worst <= TOLERANCE, facts)
+    bound, words = subject.bound(batch, worst, TOLERANCE)
+    return Result("decode", worst <= bound, f"{counts}: relative difference {worst:.1e} ({words})")
 
 
 def _stepwise(subject: Subject, prefix: int):

@@ -44,8 +44,8 @@ def alone(subject: Subject, seed: int) -> Result:
         single["segment_ids"][0, : len(where)] = 1
         lonely = np.asarray(subject.logits(single))[0, : len(where)]
         worst = max(worst, largest_difference(logits[row, where], lonely))
-    facts = f"packed against alone: relative difference {worst:.1e} (at most {ALONE_TOLERANCE:g})"
-    return Result("alone", worst <= ALONE_TOLERANCE, facts)
+    bound, words = subject.bound(batch, worst, ALONE_TOLERANCE)
+    return Result("alone", worst <= bound, f"packed against alone: relative difference {worst:.1e} ({words})")
 
 
 def _documents(batch):

@@ -81,3 +81,16 @@ def clusters_of(config: Any) -> dict[str, int]:
     found = [node for _, node in walk(config) if isinstance(node, MixerConfig) and node.num_clusters]
     runs = min((node.cluster_runs for node in found), default=0)
     return {"clusters": max((node.num_clusters for node in found), default=0), "cluster_runs": runs}
+
+
+def rounded_once(model: Any) -> Any:
+    """The model with every parameter moved by half a unit in its last place, up or down, as float32 arithmetic may move it."""
+    rng = np.random.default_rng(1)
+
+    def move(leaf: Any) -> Any:
+        value = np.asarray(leaf)
+        if not np.issubdtype(value.dtype, np.floating):
+            return leaf
+        return value * (1 + np.float32(2.0**-24) * rng.choice([-2, 2], value.shape)).astype(value.dtype)
+
+    return jax.tree.map(move, model)

@@ -16,7 +16,7 @@ from mlt.train.fit import check_fits
 from mlt.train.setup import build_optimizer, describe_model, step_options
 from mlt.train.state import TrainState, abstract_state, create_state
 from mlt.train.step import train_step
-from mlt.verify.material import clusters_of, packed_rows
+from mlt.verify.material import clusters_of, packed_rows, rounded_once
 from mlt.verify.result import Result
 
 TOLERANCE = 1e-5
@@ -83,17 +83,9 @@ class MeshStep:
 
     def shaken(self) -> TrainState:
         """The start with every parameter moved by half a unit in its last place, up or down."""
-        rng = np.random.default_rng(1)
-
-        def move(leaf: Any) -> Any:
-            value = np.asarray(leaf)
-            if not np.issubdtype(value.dtype, np.floating):
-                return leaf
-            return jax.device_put(
-                value * (1 + np.float32(2.0**-24) * rng.choice([-2, 2], value.shape)).astype(value.dtype), leaf.sharding
-            )
-
-        return dataclasses.replace(self.state, model=jax.tree.map(move, self.state.model))
+        moved = rounded_once(self.state.model)
+        place = lambda value, leaf: jax.device_put(value, leaf.sharding)  # noqa: E731
+        return dataclasses.replace(self.state, model=jax.tree.map(place, moved, self.state.model))
 
     def collectives(self) -> list[Collective]:
         return collectives(self.compiled.as_text())
