@@ -53,7 +53,7 @@ def plan_devices(
                 "divide by none; `mlt check` with --set mesh.fsdp=N says what stands against one"
             )
     best = found[0]
-    config = config.model_copy(update={"mesh": best.layout})
+    config = config.replace(mesh=best.layout)
     changes = [] if best.fits else list(ways_out(config, pool))
     exact = compile_step(config, pool) if compiled else None
     if as_json:

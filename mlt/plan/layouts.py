@@ -17,7 +17,7 @@ MOST = 16
 
 
 def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
-    return config.model_copy(update={"mesh": layout})
+    return config.replace(mesh=layout)
 
 
 def candidates(config: RunConfig, pool: Pool) -> Iterator[Layout]:
@@ -46,7 +46,7 @@ def candidates(config: RunConfig, pool: Pool) -> Iterator[Layout]:
         axes = sum(n > 1 for n in sizes.values())
         found.append(((axes, tensor, context, expert, replica), sizes))
     for _, sizes in sorted(found, key=lambda one: one[0]):
-        yield config.mesh.model_copy(update=sizes)
+        yield config.mesh.replace(**sizes)
 
 
 def legal(config: RunConfig) -> bool:
@@ -80,12 +80,12 @@ class Change:
 
 def ways_out(config: RunConfig, pool: Pool) -> Iterator[Change]:
     """Changes that leave the mesh as it is and make the step smaller, one at a time and together, as far as they are legal."""
-    smaller = config.train.model_copy(update={"grad_accumulation": 2 * config.train.grad_accumulation})
-    recompute = config.remat.model_copy(update={"mode": "sub_layer", "save": (), "offload": ()})
-    changes = {f"train.grad_accumulation={smaller.grad_accumulation}": config.model_copy(update={"train": smaller})}
+    smaller = config.train.replace(grad_accumulation=2 * config.train.grad_accumulation)
+    recompute = config.remat.replace(mode="sub_layer", save=(), offload=())
+    changes = {f"train.grad_accumulation={smaller.grad_accumulation}": config.replace(train=smaller)}
     if config.remat != recompute:
-        changes["remat.mode=sub_layer"] = config.model_copy(update={"remat": recompute})
-        changes[" ".join(changes)] = config.model_copy(update={"train": smaller, "remat": recompute})
+        changes["remat.mode=sub_layer"] = config.replace(remat=recompute)
+        changes[" ".join(changes)] = config.replace(train=smaller, remat=recompute)
     for sets, changed in changes.items():
         if legal(changed):
             yield Change(sets, forecast(changed, pool))

@@ -5,11 +5,15 @@ from typing import Any
 
 import jax
 
+from mlt.data.config import DataConfig
 from mlt.errors import UserError
 from mlt.nn.param import named_leaves, partition
-from mlt.parallel.memory import bytes_on_device, device_limit
+from mlt.parallel.memory import bytes_on_device, device_limit, machine_bytes
 from mlt.parallel.rules import Rules
 from mlt.report.text import byte_size
+
+TOKEN_BYTES = 20
+"""Of a token in a batch: itself, its target, document, position and weight."""
 
 
 def check_fits(
@@ -49,6 +53,27 @@ def check_fits(
         f"the train state does not fit: it takes at least {byte_size(needed)} of each device, which has {byte_size(limit)}"
         f"{parts}\nactivations come on top, and up to {byte_size(groups['parameters'])} of other gradients. Ways out:{ways_out}"
     )
+
+
+def check_batches(data: DataConfig, processes: int = 1, limit: int | None = None) -> None:
+    """Refuse batches that the machine cannot hold as often as the loader prepares them.
+
+    Args:
+        processes: that share the rows of a batch.
+        limit: bytes of the machine; None asks it.
+
+    Raises:
+        UserError: with the bytes of a batch and of all that are held at once.
+    """
+    limit = machine_bytes() if limit is None else limit
+    one = -(-data.batch_size // processes) * data.sequence_length * TOKEN_BYTES
+    held = 1 + data.prefetch_batches
+    if one * held > limit:
+        raise UserError(
+            f"data.batch_size = {data.batch_size:,} rows of {data.sequence_length:,} tokens are {byte_size(one)} a batch in this "
+            f"process, and {held} are held at once; this machine has {byte_size(limit)}. Use fewer rows or tokens, or a smaller "
+            f"data.prefetch_batches than {data.prefetch_batches}"
+        )
 
 
 def _groups(abstract: Any, specs: Any, besides: int, lazy: tuple[str, ...] | None) -> dict[str, int]:

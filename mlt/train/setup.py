@@ -15,7 +15,7 @@ from mlt.nn.param import partition
 from mlt.parallel.rules import Rules
 from mlt.train.distill import frozen
 from mlt.train.feed import Feed
-from mlt.train.fit import check_fits
+from mlt.train.fit import check_batches, check_fits
 from mlt.train.hashing import HostHashes
 from mlt.train.host_tables import HostTables
 from mlt.train.residents import Resident, moving_bytes, num_hosts, on_devices, on_host, residents
@@ -123,6 +123,7 @@ def prepare(config: RunConfig, rules: Rules, stop: Callable[[], object] | None =
     rules.param_shardings(specs)
     optimizer = build_optimizer(config, specs)
     if config.train.check_memory:
+        check_batches(config.data, jax.process_count())
         moving = moving_bytes(residents(config, whole, hosts), rules)
         check_fits(abstract_state(specs, optimizer, rules), specs, rules, besides=moving, lazy=getattr(optimizer, "lazy", ()))
     corpus = load_corpus(config.data, stop=stop)

@@ -24,7 +24,7 @@ def test_bytes_held_and_sent_are_those_of_the_compiled_program(family, degrees):
     layout = Layout(**degrees)
     path, args = ROOT / f"configs/families/{family}.py", ["sequence_length=2048", "batch_size=8"]
     config = load_config(path, args=args, sets=["remat.mode=sub_layer"])
-    config = config.model_copy(update={"mesh": layout})
+    config = config.replace(mesh=layout)
     held, tally = walked(traced_step(config, layout.abstract_rules()), layout, "cpu")
 
     rules, specs = layout.rules(), describe_model(config)

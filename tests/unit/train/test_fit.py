@@ -16,7 +16,7 @@ from mlt.optim.adafactor import Adafactor
 from mlt.optim.rowwise_adagrad import RowwiseAdagrad
 from mlt.parallel.memory import bytes_on_device, device_limit, machine_bytes
 from mlt.parallel.mesh import Layout
-from mlt.train.fit import check_fits
+from mlt.train.fit import check_batches, check_fits
 from mlt.train.setup import build_optimizer, describe_model, prepare
 from mlt.train.state import abstract_state, create_state
 
@@ -119,6 +119,15 @@ def test_what_devices_have(monkeypatch):
     # What such an allocator reports is where it begins to give memory back.
     monkeypatch.setenv("XLA_PYTHON_CLIENT_ALLOCATOR", "cuda_async")
     assert device_limit(gpus) is None
+
+
+def test_batches_that_the_machine_cannot_prepare_are_refused():
+    data = small().data
+    held = (1 + data.prefetch_batches) * 8 * 24 * 20
+    check_batches(data, limit=held)
+    check_batches(data, processes=2, limit=held // 2)
+    with pytest.raises(UserError, match=r"8 rows of 24 tokens are 3.8 KiB a batch .* and 5 are held at once"):
+        check_batches(data, limit=held - 1)
 
 
 @pytest.mark.parametrize("checked", [True, False])
