@@ -13,6 +13,7 @@ from mlt.nn.param import named_leaves
 from mlt.parallel import crossings
 from mlt.plan.memory import device_bytes, memory_lines
 from mlt.plan.tables import table_lines
+from mlt.report.text import byte_size
 
 LONG = 131_072
 """Tokens after which the plan says what decoding keeps."""
@@ -36,13 +37,13 @@ def plan_text(config: RunConfig, specs: LM, hosts: int = 1) -> str:
         f"stack        {stack.num_layers} layers: {_parts(stack)}",
         *(f"             {line}" for line in _layers(config)),
         *([f"streams      {_streams(stack)}"] if stack.hyper_connections else []),
-        f"compute      {3 * total.flops_per_token / 1e6:,.1f} MFLOP per token (forward and backward), "
+        f"compute      {_flops(3 * total.flops_per_token)} per token (forward and backward), "
         f"{config.train.compute_dtype}",
         f"decoding     {total.state_values:,} state values per sequence after {seq_len:,} tokens; "
-        f"{decoding_bytes(specs, LONG) / 2**20:,.1f} MiB after {LONG:,}, recurrent states in float32 and the rest in bfloat16",
-        f"batch        {config.data.batch_size} rows of {seq_len:,} tokens, {config.train.grad_accumulation} micro-batch(es); "
+        f"{byte_size(decoding_bytes(specs, LONG))} after {LONG:,}, recurrent states in float32 and the rest in bfloat16",
+        f"batch        {config.data.batch_size:,} rows of {seq_len:,} tokens{_micro(config)}; "
         f"{config.train.steps:,} steps, {config.train.steps * config.data.batch_size * seq_len:,} tokens",
-        f"mesh         {mesh}; about {device_bytes(config, specs, hosts) / 2**20:,.0f} MiB of parameters, gradients and "
+        f"mesh         {mesh}; about {byte_size(device_bytes(config, specs, hosts))} of parameters, gradients and "
         "optimizer state per device",
         *(f"host memory  {line}" for line in memory_lines(config, specs, hosts)),
         *([f"sequence     {'; '.join(_crossings(config))}"] if config.mesh.context > 1 else []),
@@ -52,6 +53,15 @@ def plan_text(config: RunConfig, specs: LM, hosts: int = 1) -> str:
         f"backends     {', '.join(_backends(config))}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _flops(value: float) -> str:
+    return f"{value / 1e9:,.1f} GFLOP" if value >= 1e9 else f"{value / 1e6:,.1f} MFLOP"
+
+
+def _micro(config: RunConfig) -> str:
+    count = config.train.grad_accumulation
+    return f" in {count} micro-batches" if count > 1 else ""
 
 
 def _streams(stack: Stack) -> str:
