@@ -422,6 +422,7 @@ class Program:
         before.kernels.update(tally.kernels)
         before.crossings.update(tally.crossings)
         before.opaque.update(tally.opaque)
+        before.unknown_loops += tally.unknown_loops
         self.tally = before
         return [self._make(var.aval, v.split) for var, v in zip(eqn.outvars, results, strict=True)]
 

@@ -37,8 +37,7 @@ def plan_text(config: RunConfig, specs: LM, hosts: int = 1) -> str:
         f"stack        {stack.num_layers} layers: {_parts(stack)}",
         *(f"             {line}" for line in _layers(config)),
         *([f"streams      {_streams(stack)}"] if stack.hyper_connections else []),
-        f"compute      {_flops(3 * total.flops_per_token)} per token (forward and backward), "
-        f"{config.train.compute_dtype}",
+        f"compute      {_flops(3 * total.flops_per_token)} per token (forward and backward), {config.train.compute_dtype}",
         f"decoding     {total.state_values:,} state values per sequence after {seq_len:,} tokens; "
         f"{byte_size(decoding_bytes(specs, LONG))} after {LONG:,}, recurrent states in float32 and the rest in bfloat16",
         f"batch        {config.data.batch_size:,} rows of {seq_len:,} tokens{_micro(config)}; "
