@@ -83,8 +83,8 @@ def clusters_of(config: Any) -> dict[str, int]:
     return {"clusters": max((node.num_clusters for node in found), default=0), "cluster_runs": runs}
 
 
-def rounded_once(model: Any) -> Any:
-    """The model with every parameter moved by half a unit in its last place, up or down, as float32 arithmetic may move it."""
+def shaken(model: Any) -> Any:
+    """The model with every parameter moved up or down by 2^-23 of itself: one or two units in its last place."""
     rng = np.random.default_rng(1)
 
     def move(leaf: Any) -> Any:

@@ -16,13 +16,13 @@ from mlt.train.fit import check_fits
 from mlt.train.setup import build_optimizer, describe_model, step_options
 from mlt.train.state import TrainState, abstract_state, create_state
 from mlt.train.step import train_step
-from mlt.verify.material import clusters_of, packed_rows, rounded_once
+from mlt.verify.material import clusters_of, packed_rows, shaken
 from mlt.verify.result import Result
 
 TOLERANCE = 1e-5
 ROUNDINGS = 10
-"""A gradient may differ by 1e-5, or by this many times what it moves by when every parameter moves by half a unit in its
-last place: no float32 program can be expected to be nearer to another."""
+"""A gradient may differ by 1e-5, or by this many times what it moves by when every parameter moves by one or two units in
+its last place: no float32 program can be expected to be nearer to another."""
 MAX_TOKENS = 192
 
 
@@ -82,8 +82,8 @@ class MeshStep:
         return {name: np.asarray(leaf) for name, leaf in named_leaves(optax.apply_updates(trained, updates))}
 
     def shaken(self) -> TrainState:
-        """The start with every parameter moved by half a unit in its last place, up or down."""
-        moved = rounded_once(self.state.model)
+        """The start with every parameter moved by one or two units in its last place (`material.shaken`)."""
+        moved = shaken(self.state.model)
         place = lambda value, leaf: jax.device_put(value, leaf.sharding)  # noqa: E731
         return dataclasses.replace(self.state, model=jax.tree.map(place, moved, self.state.model))
 

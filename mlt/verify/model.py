@@ -16,7 +16,7 @@ from mlt.model.remat import Remat
 from mlt.nn.param import initialize
 from mlt.parallel.rules import Rules
 from mlt.train.setup import describe_model
-from mlt.verify.material import clusters_of, lively, packed_rows, rounded_once
+from mlt.verify.material import clusters_of, lively, packed_rows, shaken
 from mlt.verify.result import largest_difference
 
 MAX_TOKENS = 192
@@ -59,13 +59,15 @@ class Subject:
 
     def bound(self, batch: Batch, found: float, tolerance: float) -> tuple[float, str]:
         """What two ways to the same logits may differ by, and that in words: the tolerance, or where that is too little, what the
-        logits move by when every parameter is rounded once more. No float32 program is nearer to another."""
+        logits move by when every parameter moves in its last place: no float32 program can be nearer to another."""
         if found <= tolerance:
             return tolerance, f"at most {tolerance:g}"
-        exact, moved = (np.asarray(self.logits.func(model, batch)) for model in (self.model, rounded_once(self.model)))
+        exact, moved = (np.asarray(self.logits.func(model, batch)) for model in (self.model, shaken(self.model)))
         real = batch["segment_ids"] > 0
         rounding = largest_difference(exact[real], moved[real])
-        return max(tolerance, rounding), f"at most {tolerance:g}, or the {rounding:.1e} that rounding the parameters once moves"
+        return max(
+            tolerance, rounding
+        ), f"at most {tolerance:g}, or the {rounding:.1e} by which the last place of the parameters moves them"
 
     @functools.cached_property
     def stream_gradient(self):
