@@ -5,6 +5,7 @@ import difflib
 import re
 
 from mlt.errors import UserError
+from mlt.train.throughput import PEAK_FLOPS
 
 GIB = 2**30
 USABLE = 0.92
@@ -57,33 +58,34 @@ class Accelerator:
         return (self.link, "links") if span <= self.near else (self.network, "network")
 
 
-def _gpu(name: str, gib: int, teraflops: float, terabytes: float, link: float, near: int, network: float) -> Accelerator:
-    rates = (teraflops * 1e12, terabytes * 1e12, link * 1e9)
+def _gpu(name: str, gib: int, terabytes: float, link: float, near: int, network: float) -> Accelerator:
+    rates = (PEAK_FLOPS[name.removesuffix("-40G")], terabytes * 1e12, link * 1e9)
     host = 25e9 if name.startswith("A100") else 200e9 if name == "GB200" else 50e9
     return Accelerator(name, gib * GIB, *rates, near, network * 1e9, host=host)
 
 
-def _tpu(name: str, gib: int, teraflops: float, terabytes: float, link: float, near: int) -> Accelerator:
-    rates = (teraflops * 1e12, terabytes * 1e12, link * 1e9)
+def _tpu(name: str, kind: str, gib: int, terabytes: float, link: float, near: int) -> Accelerator:
+    rates = (PEAK_FLOPS[kind], terabytes * 1e12, link * 1e9)
     return Accelerator(name, gib * GIB, *rates, near, 12.5e9, "tpu", 16e9)
 
 
 KNOWN = {
     one.name: one
     for one in (
-        _gpu("A100-40G", 40, 312, 1.56, 300, 8, 25),
-        _gpu("A100", 80, 312, 2.04, 300, 8, 25),
-        _gpu("H100", 80, 989, 3.35, 450, 8, 50),
-        _gpu("H200", 141, 989, 4.8, 450, 8, 50),
-        _gpu("B200", 179, 2250, 7.7, 900, 8, 50),
-        _gpu("GB200", 184, 2500, 8.0, 900, 72, 50),
-        _tpu("v4", 32, 275, 1.2, 300, 4096),
-        _tpu("v5e", 16, 197, 0.82, 200, 256),
-        _tpu("v5p", 95, 459, 2.77, 600, 8960),
-        _tpu("v6e", 32, 918, 1.64, 448, 256),
+        _gpu("A100-40G", 40, 1.56, 300, 8, 25),
+        _gpu("A100", 80, 2.04, 300, 8, 25),
+        _gpu("H100", 80, 3.35, 450, 8, 50),
+        _gpu("H200", 141, 4.8, 450, 8, 50),
+        _gpu("B200", 179, 7.7, 900, 8, 50),
+        _gpu("GB200", 184, 8.0, 900, 72, 50),
+        _tpu("v4", "TPU v4", 32, 1.2, 300, 4096),
+        _tpu("v5e", "TPU v5 lite", 16, 0.82, 200, 256),
+        _tpu("v5p", "TPU v5", 95, 2.77, 600, 8960),
+        _tpu("v6e", "TPU v6 lite", 32, 1.64, 448, 256),
     )
 }
-"""GPUs: NVLink one way, and a network card of 400 Gbit/s (A100: 200) for each. TPUs: all ICI links of a chip together."""
+"""Matrix rates are those that a run's MFU is counted by. GPUs: NVLink one way, and a network card of 400 Gbit/s (A100: 200) for
+each. TPUs: all ICI links of a chip together."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ PEAK_FLOPS: dict[str, float] = {
     "H200": 989e12,
     "GH200": 989e12,
     "B200": 2250e12,
+    "GB200": 2500e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,
